@@ -1,0 +1,155 @@
+"""What is refused, and the words for it: the messages of every path, in one place.
+
+Each names the parameter, what it got, what was expected and what to do. They are raised before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import FORMATS
+
+_DTYPES = "float32, float64, bfloat16 or float16, or a complex dtype made of one of these"
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    return (dtype.to_real() if dtype.is_complex else dtype) in FORMATS
+
+
+def may_overlap(t: Tensor) -> bool:
+    """Whether two elements may share memory, told from the strides: each must step over all that smaller ones reach."""
+    reach = 0
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+        if t.numel() > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _has_memory(t: Tensor) -> bool:
+    if t.numel() == 0:
+        return True
+    last = t.storage_offset() + sum(st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True))
+    return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
+def _memory_problem(t: Tensor, what: str) -> str | None:
+    """Why no kernel can read ``t``, if so."""
+    if t.device.type == "meta":
+        return f"{what} is on the meta device, which has no memory; materialise it first, as with Module.to_empty()"
+    if t.layout is not torch.strided:
+        return f"{what} has layout {t.layout}; expected a dense tensor; convert it with to_dense()"
+    if not is_supported(t.dtype):
+        return f"{what} has dtype {t.dtype}; expected {_DTYPES}"
+    if not _has_memory(t):
+        return (
+            f"the memory of {what} has been freed: its storage has {t.untyped_storage().nbytes()} bytes, and "
+            f"{t.numel()} elements of {t.element_size()} bytes lie in it; step while it is allocated"
+        )
+    return None
+
+
+def _part_problem(param: Tensor, t: Tensor, what: str, remedy: str) -> str | None:
+    """Why ``t``, a gradient or a state, does not go with ``param``, if so."""
+    if t.device != param.device:
+        return f"{what} is on {t.device}; expected the parameter's device {param.device}; {remedy}"
+    if t.shape != param.shape:
+        return f"{what} has shape {tuple(t.shape)}; expected the parameter's shape {tuple(param.shape)}; {remedy}"
+    if t.is_complex() != param.is_complex():
+        kind = "complex" if param.is_complex() else "real"
+        return f"{what} has dtype {t.dtype}; expected a {kind} one, as the parameter's {param.dtype}; {remedy}"
+    return None
+
+
+def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
+    """Why this parameter cannot be stepped, whatever its state, or ``None``."""
+    if problem := _memory_problem(param, "it"):
+        return problem
+    if may_overlap(param):
+        return (
+            f"some of its elements may share memory (shape {tuple(param.shape)}, strides {param.stride()}), so an update "
+            "in place has no meaning; expected each element in its own place; make the parameter from a clone()"
+        )
+    if grad.layout is not torch.strided:
+        return (
+            f"its gradient is sparse (layout {grad.layout}); expected a dense one; use torch.optim.SparseAdam, or "
+            "sparse=False in the embedding that makes it"
+        )
+    return _part_problem(
+        param, grad, "its gradient", "backward() gives such a gradient"
+    ) or _memory_problem(grad, "its gradient")
+
+
+def step_problem(param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Why this parameter cannot be stepped, or ``None``."""
+    if problem := tensors_problem(param, grad):
+        return problem
+    for key in keys:
+        t = state.get(key)
+        remedy = "load a checkpoint that fits, or drop this parameter's state to begin anew"
+        if not isinstance(t, Tensor):
+            got = "is missing" if key not in state else f"is a {type(t).__name__}"
+            return f"state '{key}' {got}; expected a tensor of shape {tuple(param.shape)}; {remedy}"
+        if problem := _part_problem(param, t, f"state '{key}'", remedy) or _memory_problem(t, f"state '{key}'"):
+            return problem
+        if may_overlap(t):
+            return f"elements of state '{key}' may share memory (strides {t.stride()}); expected its own; {remedy}"
+    count = state.get("step")
+    if not isinstance(count, Tensor) or count.numel() != 1:
+        got = f"of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+        return f"state 'step' is {got}; expected a tensor with one number; load a checkpoint that fits"
+    if count.device.type != "cpu" and count.device != param.device:
+        return f"state 'step' is on {count.device}; expected cpu or the parameter's device {param.device}; move it there"
+    if count.device.type == "cpu" and not count_is_valid(count):
+        return f"state 'step' is {count.item()}; expected a finite number of at least 0; load a checkpoint that fits"
+    return None
+
+
+def count_is_valid(count: Tensor | float) -> bool:
+    value = float(count)
+    return math.isfinite(value) and value >= 0
+
+
+def load_problem(
+    param: Tensor, state: Mapping[str, Any], required: Sequence[str], known: Sequence[str]
+) -> str | None:
+    """Why this entry of a state dict does not fit the parameter, or ``None``."""
+    missing = [key for key in ("step", *required) if key not in state]
+    if missing:
+        return f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer"
+    unknown = [key for key in state if key not in known and key != "step"]
+    if unknown:
+        return f"the checkpoint has {_names(unknown)}, which this optimizer does not know; expected {_names(known)}"
+    for key in known:
+        if key not in state:
+            continue
+        t = state[key]
+        if not isinstance(t, Tensor):
+            return f"'{key}' in the checkpoint is a {type(t).__name__}; expected a tensor"
+        if t.shape != param.shape:
+            return (
+                f"'{key}' in the checkpoint has shape {tuple(t.shape)}; expected the parameter's {tuple(param.shape)}; "
+                "it was saved for another model or another order of parameters"
+            )
+        if not is_supported(t.dtype) or t.is_complex() != param.is_complex():
+            return f"'{key}' in the checkpoint has dtype {t.dtype}, which does not go with the parameter's {param.dtype}"
+        if problem := _memory_problem(t, f"'{key}' in the checkpoint"):
+            return problem
+    count = state["step"]
+    if isinstance(count, Tensor):
+        if count.numel() != 1 or count.is_complex() or count.device.type == "meta":
+            return f"'step' in the checkpoint has shape {tuple(count.shape)}, dtype {count.dtype}; expected one number"
+    elif not isinstance(count, (int, float)):
+        return f"'step' in the checkpoint is a {type(count).__name__}; expected one number"
+    if not count_is_valid(count):
+        return f"'step' in the checkpoint is {float(count)}; expected a finite number of at least 0"
+    return None
+
+
+def _names(keys: Any) -> str:
+    return ", ".join(f"'{key}'" for key in keys) or "nothing"

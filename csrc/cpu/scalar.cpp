@@ -1,0 +1,8 @@
+// Compiled with the baseline of the architecture; what the compiler vectorises within that, it may.
+#define ADAMFUSED_TARGET scalar
+#include "cpu/drive.h"
+
+namespace adamfused {
+using namespace scalar;
+const Run scalar_table[kRules][2] = ADAMFUSED_TABLE;
+}  // namespace adamfused

@@ -1,0 +1,154 @@
+// Packs jobs into launches. No torch here: this file compiles, links and fails cleanly where there is no GPU.
+#define ADAMFUSED_TARGET cuda
+#include "cuda/step.h"
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <vector>
+
+#include "cuda/step.cuh"
+
+namespace adamfused {
+namespace cuda {
+
+// The elements a thread takes at once: as many of the narrowest format as 16 bytes hold.
+int elements_a_thread(const Job& job, int parts) {
+  size_t narrowest = 16;
+  for (int64_t s = 0; s < job.count; ++s)
+    for (int k = 0; k < parts; ++k) switch (job.spans[s].format[k]) {
+#define ADAMFUSED_CASE(F, ...) \
+  case FormatId::F: narrowest = sizeof(F::Rest) < narrowest ? sizeof(F::Rest) : narrowest; break;
+        ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+      }
+  return int(16 / narrowest);
+}
+
+template <class Rule, class T, int E>
+cudaError_t launch(const Arguments<Rule>& arguments, bool advance, cudaStream_t stream) {
+  if (advance) {
+    advance_kernel<Rule><<<(arguments.count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(arguments);
+    if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  uint32_t tiles = arguments.first_tile[arguments.count];
+  if (tiles == 0) return cudaSuccess;  // only empty tensors; an empty grid would be an error
+  step_kernel<Rule, T, E><<<tiles < 0x7fffffffu ? tiles : 0x7fffffffu, kThreads, 0, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+template <class Rule, class T, int E>
+cudaError_t run(const Job& job, cudaStream_t stream) {
+  using Args = Arguments<Rule>;
+  constexpr int64_t tile_size = int64_t(kThreads) * E * kRounds;
+  static_assert(sizeof(Args) <= kArgumentBytes, "kernel arguments are limited");
+  Args arguments;  // 32 KB of stack
+  std::vector<int32_t> place(size_t(job.count) + 1, -1);  // Job::rules or recipes -> Arguments::ready
+  std::vector<int32_t> recipe_place(size_t(job.recipe_count) + 1, -1);
+  std::vector<int32_t> used, recipe_used;
+  int ready = 0;
+  bool advance = false;
+  arguments.count = 0;
+  arguments.first_tile[0] = 0;
+
+  auto flush = [&]() {
+    cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E>(arguments, advance, stream);
+    for (int32_t i : used) place[size_t(i)] = -1;
+    for (int32_t i : recipe_used) recipe_place[size_t(i)] = -1;
+    used.clear(), recipe_used.clear();
+    ready = 0, advance = false, arguments.count = 0;
+    return error;
+  };
+
+  for (int64_t s = 0; s < job.count; ++s) {
+    const Span& span = job.spans[s];
+    if (span.numel == 0 && span.step == nullptr) continue;  // an empty tensor takes no slot, unless its count must move
+    uint64_t tiles = uint64_t((span.numel + tile_size - 1) / tile_size);
+    bool full = arguments.count == Args::entries || ready == kTable ||
+                arguments.first_tile[arguments.count] + tiles > 0xffffffffull;
+    if (full)
+      if (cudaError_t error = flush(); error != cudaSuccess) return error;
+
+    bool on_device = span.step != nullptr;
+    int32_t& slot = (on_device ? recipe_place : place)[size_t(span.recipe)];
+    if (slot < 0) {
+      slot = ready++;
+      (on_device ? recipe_used : used).push_back(span.recipe);
+      if (on_device) arguments.ready[slot].recipe = job.recipes[span.recipe];
+      else arguments.ready[slot].rule = static_cast<const Rule*>(job.rules)[span.recipe];
+    }
+    auto& entry = arguments.entry[arguments.count];
+    for (int k = 0; k < Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
+    entry.numel = span.numel;
+    entry.step = span.step;
+    entry.recipe = slot;
+    entry.aligned = span.aligned;
+    advance |= on_device;
+    arguments.first_tile[arguments.count + 1] = arguments.first_tile[arguments.count] + uint32_t(tiles);
+    ++arguments.count;
+  }
+  return flush();
+}
+
+template <template <class> class Rule>
+cudaError_t run_rule(const Job& job, cudaStream_t stream) {
+  if (job.in_double) return run<Rule<double>, double, 2>(job, stream);
+  return elements_a_thread(job, kState + Rule<float>::states) > 4 ? run<Rule<float>, float, 8>(job, stream)
+                                                                  : run<Rule<float>, float, 4>(job, stream);
+}
+
+}  // namespace cuda
+
+const char* cuda_run(const Job& job, void* stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (job.rule) {
+#define ADAMFUSED_CASE(R, ...) \
+  case RuleId::R: error = cuda::run_rule<cuda::R>(job, static_cast<cudaStream_t>(stream)); break;
+    ADAMFUSED_RULES(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* cuda_status() {
+  int devices = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return devices > 0 ? nullptr : "no CUDA device";
+}
+
+int cuda_compiled_version() { return CUDART_VERSION; }
+
+const char* cuda_self_test() {
+  constexpr int n = 1000;
+  static float host[4][n], back[4][n];
+  for (int i = 0; i < n; ++i) {
+    host[0][i] = float(i) * 0.01f - 5.0f;
+    host[1][i] = float((i * 7919) % 1000) * 0.003f - 1.5f;
+    host[2][i] = host[3][i] = 0.0f;
+  }
+  cuda::AdamHyper hyper{0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0};
+  cuda::Adam<float> rule = cuda::Adam<float>::prepare(hyper, 1e-3, 1.0);
+  Span span{};
+  void* memory = nullptr;
+  cudaError_t error = cudaMalloc(&memory, sizeof host);
+  if (error == cudaSuccess) error = cudaMemcpy(memory, host, sizeof host, cudaMemcpyHostToDevice);
+  if (error == cudaSuccess) {
+    for (int k = 0; k < 4; ++k) span.data[k] = static_cast<float*>(memory) + k * n, span.format[k] = FormatId::F32;
+    span.aligned = true;
+    span.numel = n;
+    Job job{RuleId::Adam, false, &span, 1, &rule, nullptr, 0, nullptr};
+    error = cuda::run_rule<cuda::Adam>(job, nullptr);
+  }
+  if (error == cudaSuccess) error = cudaMemcpy(back, memory, sizeof back, cudaMemcpyDeviceToHost);
+  cudaFree(memory);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  for (int i = 0; i < n; ++i) {
+    rule(host[0][i], host[1][i], host[2][i], host[3][i]);
+    for (int k = 0; k < 4; ++k)
+      if (cuda::bits_of(host[k][i]) != cuda::bits_of(back[k][i])) return "the device's bits differ from the host's";
+  }
+  return nullptr;
+}
+
+}  // namespace adamfused

@@ -1,0 +1,56 @@
+// One launch as plain data: the border between the files that know torch and those that do not.
+#pragma once
+
+#include "formats.h"
+#include "rules.h"
+
+namespace adamfused {
+
+// A tensor's parts, in this order: the parameter, its gradient, the states of the rule.
+constexpr int kParam = 0, kGrad = 1, kState = 2, kMaxStates = 3, kSlots = kState + kMaxStates;
+constexpr int kMaxHyper = 8;
+
+#define ADAMFUSED_COUNT(...) +1
+constexpr int kRules = 0 ADAMFUSED_RULES(ADAMFUSED_COUNT);
+constexpr int kFormats = 0 ADAMFUSED_FORMATS(ADAMFUSED_COUNT);
+#undef ADAMFUSED_COUNT
+
+#define ADAMFUSED_ENUM(name, ...) name,
+enum class RuleId : int { ADAMFUSED_RULES(ADAMFUSED_ENUM) };
+enum class FormatId : uint8_t { ADAMFUSED_FORMATS(ADAMFUSED_ENUM) };
+#undef ADAMFUSED_ENUM
+
+// One tensor. All its parts lie in memory in the same order, without holes.
+struct Span {
+  void* data[kSlots];
+  FormatId format[kSlots];
+  bool aligned;     // every part begins at a multiple of 16 bytes
+  int32_t recipe;   // index into Job::recipes or, where `step` is null, Job::rules
+  int64_t numel;    // real numbers; a complex element counts as two
+  float* step;      // where the step count lies on the device, or null when `rules` was made on the host
+};
+
+// What a rule is made from on the device, where step and lr may be known only there.
+struct Recipe {
+  double hyper[kMaxHyper];
+  double lr;
+  const void* lr_on_device;  // null: `lr` holds
+  bool lr_is_double;
+};
+
+// All tensors of one device that move by one rule in one arithmetic.
+struct Job {
+  RuleId rule;
+  bool in_double;
+  const Span* spans;
+  int64_t count;
+  const void* rules;       // prepared Rule<T>, one per group and step count
+  const Recipe* recipes;
+  int64_t recipe_count;
+  const int64_t* first_tile;  // CPU: the place of each span's first tile in the list of all tiles; count + 1 entries
+};
+
+// The CPU's unit of work: small enough that the parts of a tile in float stay in the first-level cache.
+constexpr int kTile = 1024;
+
+}  // namespace adamfused

@@ -1,0 +1,212 @@
+// Every update rule, simplest first: how one element moves. The twin is adamfused/rules.py, line by line.
+//
+// A rule may use + - * /, root, comparisons and selection, each correctly rounded. Nothing else: no fma, no pow,
+// no reassociation. That is what makes every target give the same bits. T is float, or double for float64
+// parameters. Numbers that are the same for all elements are made once per step, in double, by `prepare`, and
+// rounded once to T.
+//
+// To add a rule: a struct with `Hyper`, `states`, `prepare` and `operator()`, a line in ADAMFUSED_RULES below, its
+// twin in rules.py.
+#pragma once
+
+#include "target.h"
+
+namespace adamfused {
+namespace ADAMFUSED_TARGET {
+
+ADAMFUSED_HD float root(float x) { return sqrtf(x); }
+ADAMFUSED_HD double root(double x) { return sqrt(x); }
+
+// x^n by squaring. Not pow(): libraries differ in its last bit, and the host and the GPU must agree.
+ADAMFUSED_HD double power(double x, int64_t n) {
+  double result = 1.0;
+  for (; n > 0; n >>= 1) {
+    if (n & 1) result = result * x;
+    x = x * x;
+  }
+  return result;
+}
+
+// The weight of the new value in a running average with decay rate beta. Rounding 1 - beta keeps the small number
+// exact to 2^-24 of itself; rounding beta, as beta * a + (1 - beta) * b does, is what drifts: for beta = 0.999
+// the average settles 1.3e-5 away. Below one half beta is the small number, so the average is told from its far
+// end; beta = 0 is then exactly the new value.
+template <class T>
+struct Weight {
+  T c;
+  bool far;
+};
+
+template <class T>
+ADAMFUSED_HD Weight<T> weight(double beta) {
+  return beta < 0.5 ? Weight<T>{T(-beta), true} : Weight<T>{T(1.0 - beta), false};
+}
+
+template <class T>
+ADAMFUSED_HD T average(T a, T b, const Weight<T>& w) {
+  T d = b - a;
+  return (w.far ? b : a) + w.c * d;
+}
+
+// beta * a + b, with the same care for beta.
+template <class T>
+ADAMFUSED_HD T decayed_sum(T a, T b, const Weight<T>& w) {
+  return ((w.far ? T(0) : a) - w.c * a) + b;
+}
+
+// The gradient as the rule sees it: turned round to climb, with coupled (L2) decay. A decay of 0 is skipped, not
+// multiplied: 0 * inf is NaN.
+template <class T>
+ADAMFUSED_HD T directed(T p, T g, T sign, T l2) {
+  g = sign * g;
+  return l2 != T(0) ? g + l2 * p : g;
+}
+
+// A NaN in either stays.
+template <class T>
+ADAMFUSED_HD T larger(T a, T b) {
+  return (b > a || b != b) ? b : a;
+}
+
+// RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim.
+struct RMSpropHyper {
+  double alpha, eps, weight_decay, momentum, maximize;
+};
+
+template <class T>
+struct RMSprop {
+  using Hyper = RMSpropHyper;
+  static constexpr int states = 1;
+  Weight<T> w, mu;
+  T sign, l2, lr, eps;
+
+  ADAMFUSED_HD static RMSprop prepare(const Hyper& h, double lr, double) {
+    return {weight<T>(h.alpha),   weight<T>(h.momentum), T(h.maximize != 0 ? -1.0 : 1.0),
+            T(h.weight_decay), T(lr),                 T(h.eps)};
+  }
+  ADAMFUSED_HD void operator()(T& p, T g, T& v) const {
+    g = directed(p, g, sign, l2);
+    v = average(v, g * g, w);
+    p = p - lr * (g / (root(v) + eps));
+  }
+};
+
+template <class T>
+struct RMSpropMomentum : RMSprop<T> {
+  static constexpr int states = 2;
+
+  ADAMFUSED_HD static RMSpropMomentum prepare(const RMSpropHyper& h, double lr, double t) {
+    return {RMSprop<T>::prepare(h, lr, t)};
+  }
+  ADAMFUSED_HD void operator()(T& p, T g, T& v, T& buf) const {
+    g = directed(p, g, this->sign, this->l2);
+    v = average(v, g * g, this->w);
+    buf = decayed_sum(buf, g / (root(v) + this->eps), this->mu);
+    p = p - this->lr * buf;
+  }
+};
+
+// Centered (Graves 2013, arXiv:1308.0850, eq. 38-41): divide by the spread of g instead of its size. v - mean^2 is
+// never negative, but rounded it may be, and the root of that would be NaN.
+template <class T>
+struct RMSpropCentered : RMSprop<T> {
+  static constexpr int states = 2;
+
+  ADAMFUSED_HD static RMSpropCentered prepare(const RMSpropHyper& h, double lr, double t) {
+    return {RMSprop<T>::prepare(h, lr, t)};
+  }
+  ADAMFUSED_HD static T spread(T v, T mean) {
+    T d = v - mean * mean;
+    return d < T(0) ? T(0) : d;
+  }
+  ADAMFUSED_HD void operator()(T& p, T g, T& v, T& mean) const {
+    g = directed(p, g, this->sign, this->l2);
+    v = average(v, g * g, this->w);
+    mean = average(mean, g, this->w);
+    p = p - this->lr * (g / (root(spread(v, mean)) + this->eps));
+  }
+};
+
+template <class T>
+struct RMSpropCenteredMomentum : RMSpropCentered<T> {
+  static constexpr int states = 3;
+
+  ADAMFUSED_HD static RMSpropCenteredMomentum prepare(const RMSpropHyper& h, double lr, double t) {
+    return {RMSpropCentered<T>::prepare(h, lr, t)};
+  }
+  ADAMFUSED_HD void operator()(T& p, T g, T& v, T& buf, T& mean) const {
+    g = directed(p, g, this->sign, this->l2);
+    v = average(v, g * g, this->w);
+    mean = average(mean, g, this->w);
+    buf = decayed_sum(buf, g / (root(this->spread(v, mean)) + this->eps), this->mu);
+    p = p - this->lr * buf;
+  }
+};
+
+// Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
+// Algorithm 2. One rule: Adam has decay = 0, AdamW has l2 = 0. Decay and update are added and rounded together.
+struct AdamHyper {
+  double beta1, beta2, eps, weight_decay, decoupled, maximize, bias_correction;
+};
+
+template <class T>
+struct Adam {
+  using Hyper = AdamHyper;
+  static constexpr int states = 2;
+  Weight<T> w1, w2;
+  T sign, l2, decay, step_size, inv_root_c2, eps;
+
+  ADAMFUSED_HD static Adam prepare(const Hyper& h, double lr, double t) {
+    bool corrected = h.bias_correction != 0;
+    double c1 = corrected ? 1.0 - power(h.beta1, int64_t(t)) : 1.0;
+    double c2 = corrected ? 1.0 - power(h.beta2, int64_t(t)) : 1.0;
+    bool decoupled = h.decoupled != 0;
+    return {weight<T>(h.beta1),
+            weight<T>(h.beta2),
+            T(h.maximize != 0 ? -1.0 : 1.0),
+            T(decoupled ? 0.0 : h.weight_decay),
+            T(decoupled ? lr * h.weight_decay : 0.0),
+            T(lr / c1),
+            T(1.0 / root(c2)),
+            T(h.eps)};
+  }
+  ADAMFUSED_HD T moved(T p, T m, T v) const {
+    T move = step_size * (m / (root(v) * inv_root_c2 + eps));
+    return p - (decay != T(0) ? decay * p + move : move);
+  }
+  ADAMFUSED_HD void operator()(T& p, T g, T& m, T& v) const {
+    g = directed(p, g, sign, l2);
+    m = average(m, g, w1);
+    v = average(v, g * g, w2);
+    p = moved(p, m, v);
+  }
+};
+
+// AMSGrad: Reddi, Kale & Kumar 2018 (arXiv:1904.09237), as torch.optim has it: the largest uncorrected v.
+template <class T>
+struct AmsGrad : Adam<T> {
+  static constexpr int states = 3;
+
+  ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, double lr, double t) {
+    return {Adam<T>::prepare(h, lr, t)};
+  }
+  ADAMFUSED_HD void operator()(T& p, T g, T& m, T& v, T& top) const {
+    g = directed(p, g, this->sign, this->l2);
+    m = average(m, g, this->w1);
+    v = average(v, g * g, this->w2);
+    top = larger(top, v);
+    p = this->moved(p, m, top);
+  }
+};
+
+}  // namespace ADAMFUSED_TARGET
+}  // namespace adamfused
+
+// Every rule, and the name that Python knows it by.
+#define ADAMFUSED_RULES(RULE)                                    \
+  RULE(RMSprop, "rmsprop")                                       \
+  RULE(RMSpropMomentum, "rmsprop_momentum")                      \
+  RULE(RMSpropCentered, "rmsprop_centered")                      \
+  RULE(RMSpropCenteredMomentum, "rmsprop_centered_momentum")     \
+  RULE(Adam, "adam")                                             \
+  RULE(AmsGrad, "amsgrad")
