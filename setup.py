@@ -22,7 +22,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -39,15 +39,16 @@ The kernels are compiled against the torch you run, which pip hides from a build
 in an environment that has torch, or, for the pure-Python version, ADAMFUSED_BUILD=none."""
 
 # Contracted arithmetic would make results differ between instruction sets. -march=native is out:
-# each file has its own instruction set, and one is chosen at run time.
-COMMON = [*(["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]), f"-I{CSRC}"]
-CXX_FLAGS = [*COMMON, "-Wall", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-CXX_FLAGS += ["-fPIC", "-fvisibility=hidden"]
-NVCC_FLAGS = [*COMMON, "-std=c++17", "-fmad=false", "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-ISAS = {"scalar": []}
+# each file has its own instruction set, and one is chosen at run time. -g0: Python adds a -g.
+CXX_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
+CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CXX_FLAGS += ["-fPIC", "-fvisibility=hidden", f"-I{CSRC}"]
+NVCC_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+NVCC_FLAGS += ["-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
+ISAS = {"scalar": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS |= {"avx2": ["-mavx2"], "avx512": AVX512}
+    ISAS["avx2"] = "-mavx2"
+    ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 
 
 class BuildError(Exception):
@@ -65,7 +66,7 @@ def run(*command):
     except OSError as error:
         raise BuildError(f"cannot run {command[0]}: {error.strerror}") from None
     if done.returncode:
-        print(shlex.join(command), done.stdout, sep="\n", file=sys.stderr, flush=True)
+        print(*command, "\n" + done.stdout, file=sys.stderr, flush=True)
         lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
         raise BuildError(next((line for line in lines if "error" in line.lower()), lines[-1]))
     return done.stdout
@@ -78,31 +79,6 @@ def jobs():
     cores, meminfo = os.cpu_count() or 1, Path("/proc/meminfo")
     free = re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text()) if meminfo.exists() else None
     return max(1, min(cores, int(free[1]) // (2 << 20))) if free else cores
-
-
-def find_cuda():
-    """nvcc with its flags, and what to link. Whether this torch has CUDA makes no difference."""
-    home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
-    homes = [Path(home or "/usr/local/cuda")]
-    if nvcc and not home:  # may be a script outside of the toolkit: then the check below fails
-        homes.insert(0, Path(nvcc).resolve().parent.parent)
-    places = [
-        (h / "bin/nvcc", h / lib / "libcudart_static.a") for h in homes for lib in ("lib64", "lib")
-    ]
-    nvcc, cudart = next((p for p in places if p[0].exists() and p[1].exists()), (None, None))
-    if not nvcc:
-        raise BuildError(f"no bin/nvcc with libcudart_static.a in {' or '.join(map(str, homes))}")
-    release = re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))[1]
-    known = re.findall(r"sm_(\d+)\b", run(nvcc, "--list-gpu-code"))
-    archs = ARCHS or [arch for arch in DEFAULT_ARCHS if arch.replace(".", "") in known]
-    codes = [arch.replace(".", "") for arch in archs]
-    if unknown := [arch for arch in archs if "." not in arch or arch.replace(".", "") not in known]:
-        raise BuildError(f"nvcc {release} cannot compile for ADAMFUSED_CUDA_ARCHS={unknown[0]}")
-    flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
-    newest = max(codes, key=int)  # as PTX too, for GPUs that are newer still
-    flags += [f"-gencode=arch=compute_{newest},code=compute_{newest}", f"--threads={jobs()}"]
-    link = [str(cudart), "-ldl", "-lrt", "-lpthread"]
-    return [str(nvcc), *NVCC_FLAGS, *flags], link, {"cuda": release, "cuda_archs": archs}
 
 
 def compile_one(name, folder, command):
@@ -129,6 +105,31 @@ def compile_all(folder, commands):
     with ThreadPoolExecutor(jobs()) as pool:
         tasks = [pool.submit(compile_one, name, folder, cmd) for name, cmd in commands.items()]
     return [task.result() for task in tasks]
+
+
+def compile_cuda(folder):
+    """Objects, what to link, and facts. It makes no difference whether this torch has CUDA."""
+    home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    homes = [Path(home or "/usr/local/cuda")]
+    if nvcc and not home:  # may be a script outside of the toolkit: then the check below fails
+        homes.insert(0, Path(nvcc).resolve().parent.parent)
+    found = [(h / "bin/nvcc", lib) for h in homes for lib in h.glob("lib*/libcudart_static.a")]
+    found = [(str(nvcc), str(cudart)) for nvcc, cudart in found if nvcc.exists()]
+    if not found:
+        raise BuildError(f"no bin/nvcc with libcudart_static.a in {' or '.join(map(str, homes))}")
+    nvcc, cudart = found[0]
+    release = re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))[1]
+    known = {f"{n[:-1]}.{n[-1]}" for n in re.findall(r"sm_(\d+)\b", run(nvcc, "--list-gpu-code"))}
+    archs = ARCHS or [arch for arch in DEFAULT_ARCHS if arch in known]
+    if not known.issuperset(archs):
+        raise BuildError(f"nvcc {release} knows no ADAMFUSED_CUDA_ARCHS={';'.join(archs)}")
+    codes = sorted((arch.replace(".", "") for arch in archs), key=int)
+    flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    flags.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for later GPUs
+    command = [nvcc, *NVCC_FLAGS, *flags, f"--threads={jobs()}"]
+    names = sorted(f"cuda/{path.name}" for path in (CSRC / "cuda").glob("*.cu"))
+    objects = compile_all(folder, dict.fromkeys(names, command))
+    return objects, [cudart, "-ldl", "-lrt", "-lpthread"], {"cuda": release, "cuda_archs": archs}
 
 
 class BuildPy(build_py):
@@ -161,54 +162,54 @@ def with_kernels():
             super().finalize_options()
             # Kept from one editable install to the next, and apart for each Python and torch.
             name = f"temp.{self.plat_name}-{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = str(ROOT / "build" / name)
+            self.kept = str(ROOT / "build" / name)
             self.force = True  # linking is quick, and each object is checked
 
         def run(self):
             folders = [Path(self.build_lib, "adamfused"), *([ROOT / "adamfused"] * self.inplace)]
-            self.info = {"version": self.distribution.get_version(), "torch": torch.__version__}
+            self.facts = {"version": self.distribution.get_version(), "torch": torch.__version__}
             try:
                 run(*CXX, "--version")
                 if not Path(sysconfig.get_path("include"), "Python.h").exists():
-                    raise BuildError(
-                        "Python.h is missing (Debian, Ubuntu: apt install python3-dev)"
-                    )
+                    raise BuildError("no Python.h (Debian, Ubuntu: apt install python3-dev)")
                 super().run()
             except Exception as error:
                 reason = (str(error).strip() or repr(error)).split("\n")[0]
                 if MODE != "auto":
                     raise SystemExit(f"adamfused: ADAMFUSED_BUILD={MODE}: {reason}") from error
                 say(f"no kernels, only pure Python: {reason}")
-                self.info["error"], self.extensions = reason, []
+                self.facts["error"], self.extensions = reason, []
                 for folder in folders:
                     remove_built(folder)
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "_build.json").write_text(json.dumps(self.info) + "\n")
+                (folder / "_build.json").write_text(json.dumps(self.facts) + "\n")
 
         def build_extension(self, ext):
-            info, link, objects = {"cuda": None, "cuda_archs": []}, [], []
-            if MODE != "cpu":
-                try:
-                    nvcc, link, info = find_cuda()
-                    names = [f"cuda/{path.name}" for path in (CSRC / "cuda").glob("*.cu")]
-                    objects = compile_all(self.build_temp, dict.fromkeys(sorted(names), nvcc))
-                    ext.define_macros = [("ADAMFUSED_WITH_CUDA", "1")]
-                except BuildError as error:
-                    if MODE == "cuda":
-                        raise
-                    say(f"no CUDA kernels: {error}")
-                    info, link, objects = {"cuda": None, "cuda_archs": []}, [], []
-            define = [f"-D{name}={value}" for name, value in ext.define_macros]
+            cuda = {"cuda": None, "cuda_archs": []}
+            try:
+                if MODE != "cpu":
+                    return self.build_with(ext, *compile_cuda(f"{self.kept}-cuda"))
+            except Exception as error:
+                if MODE == "cuda":
+                    raise
+                cuda["cuda_error"] = f"{error}"
+                say(f"no CUDA kernels: {error}")
+            self.build_with(ext, [], [], cuda)
+
+        def build_with(self, ext, objects, link, cuda):
+            define = ["-DADAMFUSED_WITH_CUDA"] if cuda["cuda"] else []
+            self.build_temp = f"{self.kept}-cuda" if cuda["cuda"] else f"{self.kept}-nocuda"
             cxx = [*CXX, *CXX_FLAGS, "-Wextra", "-std=c++17", *define]
             # Baseline code first: of an inline function that several files have, the linker
             # keeps the first, which must run on any CPU.
             commands = {"cpu/isa.cpp": cxx}
-            commands |= {f"cpu/{isa}.cpp": [*cxx, *flags] for isa, flags in ISAS.items()}
+            commands |= {f"cpu/{isa}.cpp": [*cxx, *flags.split()] for isa, flags in ISAS.items()}
             ext.extra_objects = compile_all(self.build_temp, commands) + objects
+            ext.define_macros = [("ADAMFUSED_WITH_CUDA", None)] if cuda["cuda"] else []
             ext.extra_link_args = link
             super().build_extension(ext)
-            self.info |= {**info, "isas": list(ISAS), "debug": DEBUG}
+            self.facts |= {**cuda, "isas": list(ISAS), "debug": DEBUG}
 
     # at::parallel_for is serial without -fopenmp. The linker does not get it, because it is
     # torch's OpenMP runtime that must be used, and not a second one.
@@ -217,7 +218,9 @@ def with_kernels():
     return {"ext_modules": [kernels], "cmdclass": {"build_py": BuildPy, "build_ext": BuildKernels}}
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit("adamfused: setuptools is too old: pip install 'setuptools>=77'")
 if MODE not in MODES:
     raise SystemExit(f"adamfused: ADAMFUSED_BUILD={MODE!r} is not one of {', '.join(MODES)}")
 torchless = MODE == "none" or {"egg_info", "sdist", "clean"} & set(sys.argv)
-setup(**({"cmdclass": {"build_py": BuildPy}} if torchless else with_kernels()))
+setuptools.setup(**({"cmdclass": {"build_py": BuildPy}} if torchless else with_kernels()))

@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -89,14 +90,18 @@ bool find_format(at::ScalarType type, FormatId& format) {
 
 // Memory that a kernel may be pointed at: a plain strided tensor whose storage holds all of it.
 bool has_memory(const at::Tensor& t) {
-  if (!t.defined() || t.layout() != at::kStrided || !t.has_storage() || t._is_zerotensor() ||
-      t.unsafeGetTensorImpl()->key_set().has_any(c10::python_ks))
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (!t.defined() || impl->key_set().has_any(c10::python_ks | c10::DispatchKeySet(c10::DispatchKey::ZeroTensor)) ||
+      impl->layout() != at::kStrided)
     return false;
-  if (t.numel() == 0) return true;
-  size_t needed = t.is_contiguous()
-                      ? size_t(t.storage_offset() + t.numel()) * t.element_size()
-                      : at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), t.storage_offset());
-  return needed <= t.storage().nbytes();
+  const int64_t numel = impl->numel();
+  const c10::Storage& storage = impl->unsafe_storage();
+  if (numel == 0 || !storage) return numel == 0;
+  const size_t size = impl->itemsize();
+  const size_t needed = impl->is_contiguous()
+                            ? size_t(impl->storage_offset() + numel) * size
+                            : at::detail::computeStorageNbytes(t.sizes(), t.strides(), size, t.storage_offset());
+  return needed <= storage.nbytes();
 }
 
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
@@ -121,31 +126,32 @@ bool may_overlap(const at::Tensor& t) {
   return false;
 }
 
-bool read_count(const at::Tensor& step, double& count) {
-  const void* data = step.const_data_ptr();
-  switch (step.scalar_type()) {
-    case at::kFloat: count = *static_cast<const float*>(data); break;
-    case at::kDouble: count = *static_cast<const double*>(data); break;
-    case at::kLong: count = double(*static_cast<const int64_t*>(data)); break;
-    case at::kInt: count = *static_cast<const int32_t*>(data); break;
-    default: return false;
-  }
-  return std::isfinite(count) && count >= 0;
-}
+// A step count on the host: where it lies, and what it will be after this step.
+struct Count {
+  void* data;
+  at::ScalarType type;
+  double next;
 
-void write_count(const at::Tensor& step, double count) {
-  void* data = step.mutable_data_ptr();
-  switch (step.scalar_type()) {
-    case at::kFloat: *static_cast<float*>(data) = float(count); break;
-    case at::kDouble: *static_cast<double*>(data) = count; break;
-    case at::kLong: *static_cast<int64_t*>(data) = int64_t(count); break;
-    default: *static_cast<int32_t*>(data) = int32_t(count);
+  bool read() {
+    switch (type) {
+      case at::kFloat: next = *static_cast<const float*>(data); break;
+      case at::kDouble: next = *static_cast<const double*>(data); break;
+      case at::kLong: next = double(*static_cast<const int64_t*>(data)); break;
+      case at::kInt: next = *static_cast<const int32_t*>(data); break;
+      default: return false;
+    }
+    next += 1;
+    return std::isfinite(next) && next >= 1;
   }
-}
-
-void bump_version(const at::Tensor& t) {
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
+  void write() const {
+    switch (type) {
+      case at::kFloat: *static_cast<float*>(data) = float(next); break;
+      case at::kDouble: *static_cast<double*>(data) = next; break;
+      case at::kLong: *static_cast<int64_t*>(data) = int64_t(next); break;
+      default: *static_cast<int32_t*>(data) = int32_t(next);
+    }
+  }
+};
 
 // ---- one step of an optimizer -------------------------------------------------------------------------------------
 
@@ -156,7 +162,9 @@ struct Group {
   c10::optional<at::Tensor> lr_tensor;  // where lr is known only on the device
 };
 
-using Parts = std::array<at::Tensor, kSlots>;
+// Borrowed: the caller keeps them alive until `run` is over. Owning them here would cost the host dear, because a
+// tensor that only Python holds hands its Python object over with every reference taken in C++.
+using Parts = std::array<const at::Tensor*, kSlots>;
 
 class Step {
  public:
@@ -164,51 +172,46 @@ class Step {
   bool add(const Group& group, Parts parts, const at::Tensor& step) {
     const RuleFacts& facts = kRuleFacts[group.rule];
     const int count = kState + facts.states;
-    const at::Tensor p = parts[kParam];
+    const at::Tensor& p = *parts[kParam];
+    const at::Device device = p.device();
     Span span{};
     for (int k = 0; k < count; ++k) {
-      const at::Tensor& t = parts[k];
-      if (!has_memory(t) || t.device() != p.device() || t.is_complex() != p.is_complex() || t.sizes() != p.sizes() ||
+      const at::Tensor& t = *parts[k];
+      if (!has_memory(t) || t.device() != device || t.is_complex() != p.is_complex() || t.sizes() != p.sizes() ||
           !find_format(t.scalar_type(), span.format[k]))
         return false;
     }
-    if (!(p.is_cpu() || (p.is_cuda() && kWithCuda)) || !has_memory(step) || step.numel() != 1) return false;
+    if (!(device.is_cpu() || (device.is_cuda() && kWithCuda)) || !has_memory(step) || step.numel() != 1) return false;
 
     const bool on_device = !step.is_cpu();
-    double t = 0;
-    if (on_device ? step.device() != p.device() || step.scalar_type() != at::kFloat : !read_count(step, t))
-      return false;
-    t += 1;
+    Count counted{step.mutable_data_ptr(), step.scalar_type(), 0};
+    if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.read()) return false;
 
+    const int64_t numel = p.numel();
     const bool dense = p.is_contiguous() || p.is_non_overlapping_and_dense();
     std::array<bool, kSlots> in_place{};
     for (int k = 0; k < count; ++k) {
-      const at::Tensor& part = parts[k];
-      in_place[k] = part.numel() <= 1 || (dense && !part.is_conj() && !part.is_neg() && same_order(part, p));
-      if (!in_place[k] && k != kGrad && may_overlap(part)) return false;
+      const at::Tensor& t = *parts[k];
+      in_place[k] = numel <= 1 || (dense && !t.is_conj() && !t.is_neg() && same_order(t, p));
+      if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
     }
-    span.aligned = true;
+    uintptr_t all_bits = 0;
     for (int k = 0; k < count; ++k) {
-      if (!in_place[k]) {
-        at::Tensor copy = dense ? at::empty_strided(p.sizes(), p.strides(), parts[k].options())
-                                : at::empty(p.sizes(), parts[k].options());
-        copy.copy_(parts[k]);
-        if (k != kGrad) copied_.emplace_back(parts[k], copy);
-        parts[k] = copy;
-      }
-      span.data[k] = k == kGrad ? const_cast<void*>(parts[k].const_data_ptr()) : parts[k].mutable_data_ptr();
-      span.aligned &= reinterpret_cast<uintptr_t>(span.data[k]) % 16 == 0;
-      if (k != kGrad) bumped_.push_back(parts[k]);
+      const at::Tensor* t = parts[k];
+      if (k != kGrad) bumped_.push_back(t->unsafeGetTensorImpl());
+      if (!in_place[k]) t = &move_a_copy(p, dense, *t, /*put_back=*/k != kGrad);
+      span.data[k] = k == kGrad ? const_cast<void*>(t->const_data_ptr()) : t->mutable_data_ptr();
+      all_bits |= reinterpret_cast<uintptr_t>(span.data[k]);
     }
-    span.numel = p.numel() * (p.is_complex() ? 2 : 1);
-    span.step = on_device ? static_cast<float*>(step.mutable_data_ptr()) : nullptr;
-    if (!on_device) counted_.emplace_back(step, t);
+    span.aligned = all_bits % 16 == 0;
+    span.numel = numel * (p.is_complex() ? 2 : 1);
+    span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
+    if (!on_device) counted_.push_back(counted);
+    bumped_.push_back(step.unsafeGetTensorImpl());
 
-    Bucket& bucket = bucket_for(p.device(), group.rule, span.format[kParam] == FormatId::F64);
-    span.recipe = on_device ? bucket.recipe(group, p.device(), kept_) : bucket.rule_for(group, t, facts);
+    Bucket& bucket = bucket_for(device, group.rule, span.format[kParam] == FormatId::F64);
+    span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.next, facts);
     bucket.spans.push_back(span);
-    bumped_.push_back(step);
-    kept_.push_back(parts[kGrad]);
     return true;
   }
 
@@ -216,9 +219,11 @@ class Step {
   void run() {
     at::NoGradGuard no_grad;
     for (Bucket& bucket : buckets_) bucket.device.is_cpu() ? run_on_cpu(bucket) : run_on_device(bucket);
-    for (auto& [tensor, copy] : copied_) tensor.copy_(copy);
-    for (auto& [step, count] : counted_) write_count(step, count);
-    for (const at::Tensor& t : bumped_) bump_version(t);
+    for (auto& [tensor, copy] : copied_)
+      if (tensor.defined()) tensor.copy_(copy);
+    for (const Count& count : counted_) count.write();
+    for (at::TensorImpl* t : bumped_)
+      if (!t->is_inference()) t->bump_version();
   }
 
  private:
@@ -279,6 +284,14 @@ class Step {
     return buckets_.emplace_back(Bucket{device, rule, in_double, {}, {}, {}, nullptr, -1, 0, -1, {}});
   }
 
+  // What a kernel can work on in place of a tensor whose elements lie in another order than the parameter's.
+  const at::Tensor& move_a_copy(const at::Tensor& p, bool dense, const at::Tensor& t, bool put_back) {
+    at::NoGradGuard no_grad;
+    at::Tensor copy = dense ? at::empty_strided(p.sizes(), p.strides(), t.options()) : at::empty(p.sizes(), t.options());
+    copy.copy_(t);
+    return copied_.emplace_back(put_back ? t : at::Tensor(), copy).second;
+  }
+
   static void run_on_cpu(Bucket& bucket) {
     std::vector<int64_t> first_tile(bucket.spans.size() + 1, 0);
     int64_t numbers = 0;
@@ -306,28 +319,97 @@ class Step {
   }
 
   std::vector<Bucket> buckets_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> copied_;  // (where it belongs, the copy that moves)
-  std::vector<std::pair<at::Tensor, double>> counted_;     // (step, its new value)
-  std::vector<at::Tensor> bumped_, kept_;
+  std::deque<std::pair<at::Tensor, at::Tensor>> copied_;  // (where it belongs or undefined, the copy that moves)
+  std::vector<Count> counted_;
+  std::vector<at::TensorImpl*> bumped_;
+  std::vector<at::Tensor> kept_;
 };
 
 // ---- the two doors ------------------------------------------------------------------------------------------------
 
-const at::Tensor* tensor_in(PyObject* dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value != nullptr && THPVariable_Check(value) ? &THPVariable_Unpack(value) : nullptr;
-}
+// What `step` found of a parameter that has a gradient: borrowed from Python objects that are held.
+struct Found {
+  size_t place;  // in its group
+  Parts parts;
+  const at::Tensor* count;
+};
+
+class Gatherer {
+ public:
+  Gatherer(const py::dict& state, const py::function& init) : state_(state), init_(init) {}
+  ~Gatherer() {
+    for (PyObject* object : held_) Py_DECREF(object);
+  }
+
+  std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys) {
+    std::vector<Found> all;
+    all.reserve(params.size());
+    const size_t states = keys.size();
+    for (size_t i = 0; i < params.size(); ++i) {  // the size is asked anew each time: init runs user code
+      PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
+      Found found{i, {}, nullptr};
+      if ((found.parts[kParam] = hold_tensor(object)) != nullptr) {
+        const at::Tensor& grad = found.parts[kParam]->unsafeGetTensorImpl()->grad();
+        if (!grad.defined()) continue;
+        found.parts[kGrad] = &grads_.emplace_back(grad);
+        PyObject* entry = entry_of(object);
+        if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
+          init_(j, i);
+          entry = entry_of(object);
+        }
+        if (entry != nullptr && PyDict_Check(entry)) {
+          found.count = hold_tensor(checked(PyDict_GetItemWithError(entry, step_key_.ptr())));
+          for (size_t k = 0; k < states; ++k)
+            found.parts[kState + k] =
+                hold_tensor(checked(PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(keys.ptr(), k))));
+        }
+      }
+      all.push_back(found);
+    }
+    return all;
+  }
+
+ private:
+  static PyObject* checked(PyObject* value) {
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  PyObject* entry_of(PyObject* param) {
+#if PY_VERSION_HEX < 0x030d0000
+    // A tensor's hash is its address, told by a Python function: to know it saves a tenth of a microsecond a tensor.
+    // Where a subclass has another hash, this finds nothing and the usual way is taken.
+    PyObject* known = checked(_PyDict_GetItem_KnownHash(state_.ptr(), param, reinterpret_cast<Py_hash_t>(param)));
+    if (known != nullptr) return known;
+#endif
+    return checked(PyDict_GetItemWithError(state_.ptr(), param));
+  }
+  const at::Tensor* hold_tensor(PyObject* object) {
+    if (object == nullptr || !THPVariable_Check(object)) return nullptr;
+    Py_INCREF(object);
+    held_.push_back(object);
+    const at::Tensor& t = THPVariable_Unpack(object);
+    // Whoever reads the tensor next would wait for the memory; many tensors' lines can be under way at once.
+    const char* lines = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
+    for (size_t at = 0; at < sizeof(at::TensorImpl); at += 64) __builtin_prefetch(lines + at);
+    return &t;
+  }
+
+  const py::dict& state_;
+  const py::function& init_;
+  py::str step_key_ = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("step"));
+  std::vector<PyObject*> held_;
+  std::deque<at::Tensor> grads_;  // a parameter may lose its gradient while the kernels run
+};
 
 // groups: (rule, hyper, lr, lr tensor or None, state keys, params). For the i-th parameter of the j-th group,
 // init(j, i) makes its state, and judge(j, i) is asked where these kernels cannot move it: it raises, or gives
 // (param, grad, *states, step) to move instead, or None to leave it to the caller. Returns what was left, [(j, i)].
 py::list step(const py::dict& state, const py::list& groups, const py::function& init, const py::function& judge) {
-  Step work;
   py::list left;
   std::vector<Group> all(groups.size());
-  PyObject* step_key = PyUnicode_InternFromString("step");
-  py::object owned = py::reinterpret_steal<py::object>(step_key);
+  std::deque<std::vector<at::Tensor>> judged;  // what judge gave
+  Gatherer gatherer(state, init);
+  Step work;
   for (size_t j = 0; j < groups.size(); ++j) {
     auto [rule, hyper, lr, lr_tensor, keys, params] =
         groups[j].cast<std::tuple<int, std::vector<double>, double, c10::optional<at::Tensor>, py::tuple, py::list>>();
@@ -337,43 +419,21 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     Group& group = all[j];
     group.rule = rule, group.lr = lr, group.lr_tensor = lr_tensor;
     std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
-    const int states = kRuleFacts[rule].states;
+    const size_t parts = kState + keys.size();
 
-    for (size_t i = 0; i < params.size(); ++i) {  // asked anew each time: callbacks may run user code
-      PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
-      bool moved = false;
-      if (THPVariable_Check(object)) {
-        Parts parts;
-        parts[kParam] = THPVariable_Unpack(object);
-        parts[kGrad] = parts[kParam].unsafeGetTensorImpl()->grad();
-        if (!parts[kGrad].defined()) continue;
-        PyObject* entry = PyDict_GetItemWithError(state.ptr(), object);
-        if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
-        if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
-          init(j, i);
-          entry = PyDict_GetItemWithError(state.ptr(), object);
-        }
-        if (entry != nullptr && PyDict_Check(entry)) {
-          const at::Tensor* count = tensor_in(entry, step_key);
-          bool found = count != nullptr;
-          for (int k = 0; found && k < states; ++k) {
-            const at::Tensor* t = tensor_in(entry, PyTuple_GET_ITEM(keys.ptr(), k));
-            if ((found = t != nullptr)) parts[kState + k] = *t;
-          }
-          moved = found && work.add(group, std::move(parts), *count);
-        }
-      }
-      if (moved) continue;
-      py::object verdict = judge(j, i);
+    for (Found& found : gatherer.gather(j, params, keys)) {
+      bool moves = found.count != nullptr;
+      for (size_t k = 0; k < parts; ++k) moves &= found.parts[k] != nullptr;
+      if (moves && work.add(group, found.parts, *found.count)) continue;
+      py::object verdict = judge(j, found.place);
       if (verdict.is_none()) {
-        left.append(py::make_tuple(j, i));
+        left.append(py::make_tuple(j, found.place));
         continue;
       }
-      auto given = verdict.cast<std::vector<at::Tensor>>();
-      TORCH_CHECK(int(given.size()) == kState + states + 1, "adamfused._C.step: judge gave the wrong number of tensors");
-      Parts parts;
-      std::copy(given.begin(), given.end() - 1, parts.begin());
-      TORCH_CHECK(work.add(group, std::move(parts), given.back()), "adamfused: parameter ", i, " of group ", j,
+      const auto& given = judged.emplace_back(verdict.cast<std::vector<at::Tensor>>());
+      TORCH_CHECK(given.size() == parts + 1, "adamfused._C.step: judge gave the wrong number of tensors");
+      for (size_t k = 0; k < parts; ++k) found.parts[k] = &given[k];
+      TORCH_CHECK(work.add(group, found.parts, given.back()), "adamfused: parameter ", found.place, " of group ", j,
                   " cannot be moved by the native kernels, and the check of its tensors found no reason");
     }
   }
@@ -402,10 +462,10 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
   std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
   Step work;
   for (size_t i = 0; i < n; ++i) {
-    Parts parts;
-    parts[kParam] = params[i], parts[kGrad] = grads[i];
-    for (size_t k = 0; k < count; ++k) parts[kState + k] = states[i * count + k];
-    TORCH_CHECK(work.add(group, std::move(parts), steps[i]), "adamfused::step_: parameter ", i,
+    Parts parts{};
+    parts[kParam] = &params[i], parts[kGrad] = &grads[i];
+    for (size_t k = 0; k < count; ++k) parts[kState + k] = &states[i * count + k];
+    TORCH_CHECK(work.add(group, parts, steps[i]), "adamfused::step_: parameter ", i,
                 " cannot be moved by the native kernels; the eager optimizer's message says why");
   }
   work.run();

@@ -26,7 +26,6 @@ from adamfused.demo.train import (
     deterministic,
     differences,
     steps_per_epoch,
-    train,
 )
 
 HELP = "train a model on real data with torch's optimizer and with adamfused's, and compare"
@@ -90,25 +89,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, demo in DEMOS.items():
         child = names.add_parser(name, help=demo.help, description=demo.help)
         child.set_defaults(demo=demo, data_dir=None)
-        options: dict[str, tuple[Callable[[str], object], object, str]] = {
-            "--epochs": (count, demo.epochs, "passes over the data (default: %(default)s)"),
-            "--batch-size": (count, demo.batch_size, "examples a step (default: %(default)s)"),
-            "--lr": (rate, demo.lr, "learning rate (default: %(default)s)"),
-            "--seed": (seed, 0, "of the weights and of the batches (default: %(default)s)"),
-            "--threads": (count, None, "threads on the CPU (default: torch's choice)"),
-            "--limit": (count, None, "train on at most this many examples (default: all)"),
-            "--plot": (Path, f"demo-{name}.png", "picture to draw (default: %(default)s)"),
-        }
-        for flag, (kind, default, text) in options.items():
-            child.add_argument(flag, type=kind, default=default, help=text)
+        shown = "(default: %(default)s)"
+        options: list[tuple[str, str, Callable[[str], object], object, str]] = [
+            ("--epochs", "N", count, demo.epochs, f"passes over the data {shown}"),
+            ("--batch-size", "N", count, demo.batch_size, f"examples a step {shown}"),
+            ("--lr", "X", rate, demo.lr, f"learning rate {shown}"),
+            ("--seed", "N", seed, 0, f"of the weights and of the batches {shown}"),
+            ("--threads", "N", count, None, "threads on the CPU (default: torch's choice)"),
+            ("--limit", "N", count, None, "train on at most N examples (default: all)"),
+            ("--plot", "FILE", Path, f"demo-{name}.png", f"picture to draw {shown}"),
+        ]
+        for flag, metavar, kind, default, text in options:
+            child.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
         child.add_argument(
-            "--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)"
+            "--optimizer",
+            choices=OPTIMIZERS,
+            default="adam",
+            help=f"of both packages {shown}",
         )
         child.add_argument(
             "--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)"
         )
         if demo.data_dir is not None:
-            child.add_argument("--data-dir", type=Path, help=demo.data_dir)
+            child.add_argument("--data-dir", type=Path, metavar="DIR", help=demo.data_dir)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -162,28 +165,41 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def compare_with_torch(task: Task, settings: Settings, args: argparse.Namespace) -> None:
-    """Train once with torch's optimizer and once with adamfused's, and show how they did."""
+    """Train with torch's optimizer and with adamfused's, and show how they did.
+
+    The two runs take turns, step by step: so whatever else the machine does slows down both alike.
+    """
     name = OPTIMIZERS[args.optimizer]
     recipe = f"{name}, lr {args.lr:g}, batch {settings.batch_size}, seed {settings.seed}"
+    report.header(task, settings, f"{recipe}, epochs {args.epochs}")
+    runs = {
+        f"{package.__name__}.{name}": Run(
+            task, settings, partial(getattr(package, name), lr=args.lr)
+        )
+        for package in (torch.optim, adamfused)
+    }
     epoch_steps = steps_per_epoch(task, settings)
-    report.header(task, settings, f"{recipe}, {args.epochs} epochs")
-    runs: dict[str, Run] = {}
-    for package in (torch.optim, adamfused):
-        label = f"{package.__name__}.{name}"
-        optimizer_of = partial(getattr(package, name), lr=args.lr)
-        with report.Progress(label, task, args.epochs, epoch_steps) as progress:
-            runs[label] = train(task, settings, optimizer_of, args.epochs * epoch_steps, progress)
-    report.tables(task, runs)
+    with report.Progress(task, runs, args.epochs * epoch_steps) as progress:
+        for _ in range(args.epochs):
+            for _ in range(epoch_steps):
+                for run in runs.values():
+                    run.step()
+                progress.step()
+            for run in runs.values():
+                run.end_epoch()
+            progress.epoch()
+    report.times(runs)
     title = f"{task.model_name} on {task.data}\n{recipe}"
     print(f"\n{report.picture(args.plot, title, task, runs, epoch_steps)}\n", flush=True)
 
 
 def compare_backends(task: Task, settings: Settings, args: argparse.Namespace) -> int:
     """Train with the native and with the reference backend, and compare every bit."""
-    if backend.NATIVE_ERROR is not None:
+    reason = backend.why_not_native(settings.device)
+    if reason is not None:
         print(
-            "Only the reference backend is here, so there was nothing to compare it with.\n"
-            f"The native backend is not loaded: {backend.NATIVE_ERROR}."
+            "Only the reference backend is here, so nothing could be compared.\n"
+            f"The native kernels cannot be had: {reason}."
         )
         return OK
     name = OPTIMIZERS[args.optimizer]
@@ -193,14 +209,14 @@ def compare_backends(task: Task, settings: Settings, args: argparse.Namespace) -
     found = differences(native, reference)
     print(
         f"{PARITY_STEPS} steps of adamfused.{name} on {settings.device}, "
-        "once with the native and once with the reference backend:"
+        "native backend against reference backend:"
     )
     if found:
         first = found[0]
         print(
             f"NOT bit-identical: {len(found)} of {len(native)} tensors differ. "
             f"The first is {first.name},\n"
-            f"where {first.differing:,} of {first.count:,} weights differ."
+            f"where {first.differing:,} of {first.size:,} weights differ."
         )
         return DIFFERENT
     count = sum(weights.numel() for weights in native.values())
@@ -211,7 +227,10 @@ def compare_backends(task: Task, settings: Settings, args: argparse.Namespace) -
 def backend_weights(
     task: Task, settings: Settings, name: str, lr: float, which: str
 ) -> dict[str, Tensor]:
-    """Return the weights after `PARITY_STEPS` steps with the backend `which` of optimizer `name`."""
+    """Return the weights after `PARITY_STEPS` steps with the backend `which` of adamfused."""
     optimizer_of = partial(getattr(adamfused, name), lr=lr, backend=which)
     with deterministic():
-        return train(task, settings, optimizer_of, PARITY_STEPS).weights
+        run = Run(task, settings, optimizer_of)
+        for _ in range(PARITY_STEPS):
+            run.step()
+    return run.weights()

@@ -18,7 +18,7 @@ from adamfused.demo.train import Run, Settings, Task
 
 PICTURES = (".png", ".svg", ".pdf")
 COLOURS = ("#56B4E9", "#B03A00")  # sky blue and dark vermilion: far apart in lightness too
-SMOOTHING = 0.9  # of the running mean of the loss: a memory of about 10 steps
+WINDOW = 11  # steps that the smoothed loss averages over, half before and half after
 
 
 def optional(module: str) -> Any:
@@ -34,14 +34,14 @@ def header(task: Task, settings: Settings, recipe: str) -> None:
     device = str(settings.device)
     if settings.device.type == "cuda":
         device = f"cuda ({torch.cuda.get_device_name(settings.device)})"
+    reference = backend.why_not_native(settings.device) or backend.choose(None) == "reference"
     weights = sum(p.numel() for p in task.model().parameters())
     rows = {
         "data": f"{task.data}: {len(task.train[0]):,} to train on, {len(task.test[0]):,} to test",
         "model": f"{task.model_name}, {weights:,} weights",
         "training": recipe,
-        "machine": f"{device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
-        "adamfused": f"{adamfused.__version__}, "
-        f"{'reference' if backend.choose(None) == 'reference' else 'native'} backend",
+        "machine": f"{device}, CPU threads: {torch.get_num_threads()}, torch {torch.__version__}",
+        "adamfused": f"{adamfused.__version__}, {'reference' if reference else 'native'} backend",
     }
     for name, text in rows.items():
         print(f"{name + ':':<11}{text}")
@@ -49,74 +49,70 @@ def header(task: Task, settings: Settings, recipe: str) -> None:
 
 
 class Progress:
-    """The progress of one run: a bar on a terminal with tqdm, otherwise a line an epoch."""
+    """A table of loss and score that grows by a row an epoch, over a bar on a terminal with tqdm."""
 
-    def __init__(self, label: str, task: Task, epochs: int, epoch_steps: int) -> None:
-        self.label, self.task, self.epochs = label, task, epochs
+    def __init__(self, task: Task, runs: dict[str, Run], steps: int) -> None:
+        """Print the head of the table; ``steps`` is how many each of the two runs will take."""
+        self.runs = list(runs.values())
+        loss, score = (
+            f"mean training loss, {task.loss_unit}",
+            f"{task.score_name}, {task.score_unit}",
+        )
+        print(f"{'':5}  {loss:>26}    {score:>26}")
+        first, second = packages(runs)
+        print("epoch" + f"  {first:>12}  {second:>12}  " * 2 + "   time, s")
         self.start = time.perf_counter()
         self.bar: Any = None
         tqdm = optional("tqdm")
         if tqdm is not None and sys.stdout.isatty():
-            total = epochs * epoch_steps
-            self.bar = tqdm.tqdm(
-                total=total, desc=f"{label:<16}", unit="step", file=sys.stdout, dynamic_ncols=True
-            )
+            self.bar = tqdm.tqdm(total=steps, unit="step", file=sys.stdout, leave=False, ncols=72)
 
     def __enter__(self) -> Progress:
+        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
 
     def step(self) -> None:
-        """Count one more step."""
+        """Count one more step of both runs."""
         if self.bar is not None:
             self.bar.update()
 
-    def epoch(self, number: int, loss: float, score: float) -> None:
-        """Show the end of an epoch."""
-        done = f"loss {loss:.4f}, {self.task.score_name} {score:.2f}{self.task.score_unit}"
+    def epoch(self) -> None:
+        """Print the row of the epoch that both runs just ended."""
+        losses = "  ".join(f"{run.epoch_losses[-1]:>12.4g}" for run in self.runs)
+        scores = "  ".join(f"{run.scores[-1]:>12.2f}" for run in self.runs)
+        seconds = time.perf_counter() - self.start
+        row = f"{len(self.runs[0].scores):>5}  {losses}    {scores}  {seconds:>10.1f}"
         if self.bar is not None:
-            self.bar.set_postfix_str(done)
+            self.bar.write(row, file=sys.stdout)
         else:
-            seconds = time.perf_counter() - self.start
-            print(
-                f"{self.label:<16}  epoch {number} of {self.epochs}: {done}, {seconds:.1f} s",
-                flush=True,
-            )
+            print(row, flush=True)
 
 
-def tables(task: Task, runs: dict[str, Run]) -> None:
-    """Print loss and score an epoch, and the time in `step()`, of torch's run and of ours."""
-    names = list(runs)
-    torch_run, our_run = runs.values()
-    print()
-    print(f"{'':5}  {f'mean training loss, {task.loss_unit}':^34}  ", end="")
-    print(f"{f'{task.score_name}, {task.score_unit}':^34}")
-    print("epoch" + f"  {names[0]:>16}  {names[1]:>16}" * 2)
-    for epoch in range(len(torch_run.scores)):
-        losses = "".join(f"  {run.epoch_losses[epoch]:>16.4f}" for run in runs.values())
-        scores = "".join(f"  {run.scores[epoch]:>16.2f}" for run in runs.values())
-        print(f"{epoch + 1:>5}{losses}{scores}")
-    print()
-    print(f"{'time in step()':<18}{'median, us':>12}{'sum, ms':>12}{'steps':>8}")
+def packages(runs: dict[str, Run]) -> list[str]:
+    """Return the package of each run's optimizer."""
+    return [name.split(".")[0] for name in runs]
+
+
+def times(runs: dict[str, Run]) -> None:
+    """Print the time in ``step()`` of torch's run and of ours."""
+    print(f"\n{'time in step()':<19}{'median, us':>14}{'sum, ms':>14}{'steps':>10}")
     for name, run in runs.items():
         total = sum(run.step_seconds) * 1e3
-        print(f"{name:<18}{run.median_us:>12,.0f}{total:>12,.1f}{len(run.step_seconds):>8,}")
-    ratio = torch_run.median_us / our_run.median_us
-    print(f"ratio of the medians, {names[0]} / {names[1]}: {ratio:.2f}")
+        print(f"{name:<19}{run.median_us():>14,.0f}{total:>14,.1f}{len(run.step_seconds):>10,}")
+    theirs, ours = (run.median_us() for run in runs.values())
+    pair = " / ".join(packages(runs))
+    print(f"ratio of the medians, {pair}, each as it comes: {theirs / ours:.2f}")
 
 
 def smoothed(values: list[float]) -> npt.NDArray[np.float64]:
-    """Return the exponential running mean of `values` (steps,), unbiased from its first step."""
-    out = np.empty(len(values))
-    total = weight = 0.0
-    for i, value in enumerate(values):
-        total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        out[i] = total / weight
-    return out
+    """Return the mean of `values` (steps,) in a window around each, cut off at both ends."""
+    half = WINDOW // 2
+    return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def picture(path: Path, title: str, task: Task, runs: dict[str, Run], epoch_steps: int) -> str:
@@ -131,20 +127,20 @@ def picture(path: Path, title: str, task: Task, runs: dict[str, Run], epoch_step
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
+    first = next(iter(runs.values()))
+    steps, epochs = (np.arange(1, n + 1) for n in (len(first.losses), len(first.scores)))
     # The runs nearly coincide: the second is drawn thin and dashed on top of the first.
     for (label, run), colour, style, width in zip(
         runs.items(), COLOURS, ("-", "--"), (4.0, 1.6), strict=True
     ):
         line = {"color": colour, "linestyle": style, "linewidth": width, "label": label}
-        steps = np.arange(1, len(run.losses) + 1)
         left.plot(steps, run.losses, color=colour, linewidth=width / 3, alpha=0.3)
         left.plot(steps, smoothed(run.losses), **line)
-        epochs = np.arange(1, len(run.scores) + 1)
         right.plot(epochs, run.scores, **line, marker="o", markersize=2.5 * width**0.8)
     left.set(
         xlabel=f"step ({epoch_steps} steps are an epoch)",
         ylabel=f"training loss, {task.loss_unit} (log scale)",
-        title="Training loss: every step (faint) and smoothed",
+        title=f"Training loss: each step (faint), mean of {WINDOW} steps (bold)",
         yscale="log",
     )
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -152,10 +148,11 @@ def picture(path: Path, title: str, task: Task, runs: dict[str, Run], epoch_step
     left.yaxis.set_minor_locator(NullLocator())
     right.set(
         xlabel="epoch",
+        xlim=(0.5, len(epochs) + 0.5),
         ylabel=f"{task.score_name}, {task.score_unit}",
         title=f"{task.score_name.capitalize()} after each epoch",
     )
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(loc="upper right")

@@ -1,13 +1,13 @@
-"""What a demo trains, and the one training loop that every demo uses."""
+"""What a demo trains, and the training run that every demo uses."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, median
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,38 +49,8 @@ class Settings:
     device: torch.device
 
 
-class Progress(Protocol):
-    """What `train` tells of a run while it goes on."""
-
-    def step(self) -> None:
-        """Count one more step."""
-
-    def epoch(self, number: int, loss: float, score: float) -> None:
-        """Tell of the end of epoch `number` (from 1) with its mean loss and its test score."""
-
-
-@dataclass
-class Run:
-    """One training run.
-
-    `losses` and `step_seconds` have one entry a step, `epoch_losses` (means) and `scores` one an
-    epoch. `weights` are the final ones, on the CPU.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    epoch_losses: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def median_us(self) -> float:
-        """The median time in `step()`, microseconds."""
-        return median(self.step_seconds) * 1e6
-
-
 def steps_per_epoch(task: Task, settings: Settings) -> int:
-    """Return the number of batches in one pass over the training set; the last may be short."""
+    """Return the number of batches in a pass over the training set, the last of them maybe short."""
     return -(-len(task.train[0]) // settings.batch_size)
 
 
@@ -88,44 +58,58 @@ def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yield index tensors of up to `batch_size` of `count` examples, reshuffled every pass."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(count, generator=generator).split(batch_size)
+        yield from torch.split(torch.randperm(count, generator=generator), batch_size)
 
 
-def train(
-    task: Task,
-    settings: Settings,
-    optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    steps: int,
-    progress: Progress | None = None,
-) -> Run:
-    """Train the task's model from the settings' seed for `steps` steps.
+class Run:
+    """One training run of a task from the settings' seed, taken a step at a time.
 
-    With `progress` the model is scored on the test set after each epoch; without, never.
+    ``losses`` and ``step_seconds`` (the time in ``optimizer.step()``) have one entry a step,
+    ``epoch_losses`` (means) and ``scores`` one an epoch.
     """
-    device = settings.device
-    torch.manual_seed(settings.seed)
-    model = task.model().to(device)
-    optimizer = optimizer_of(list(model.parameters()))
-    inputs, targets = (t.to(device) for t in task.train)
-    per_epoch = steps_per_epoch(task, settings)
-    order = batches(len(inputs), settings.batch_size, settings.seed)
-    run = Run()
-    for step in range(1, steps + 1):
-        chosen = next(order).to(device)
-        optimizer.zero_grad()
-        loss = task.loss(model(inputs[chosen]), targets[chosen])
+
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        """Make the model and, with ``optimizer_of`` its parameters, the optimizer."""
+        self.task, self.settings = task, settings
+        torch.manual_seed(settings.seed)
+        self.model = task.model().to(settings.device)
+        self.optimizer = optimizer_of(list(self.model.parameters()))
+        self.inputs, self.targets = (t.to(settings.device) for t in task.train)
+        self.order = batches(len(self.inputs), settings.batch_size, settings.seed)
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.epoch_losses: list[float] = []
+        self.scores: list[float] = []
+
+    def step(self) -> None:
+        """Train on the next batch."""
+        # Random numbers that the model draws must not depend on what other runs drew before.
+        torch.manual_seed(self.settings.seed + len(self.losses))
+        chosen = next(self.order).to(self.settings.device)
+        self.optimizer.zero_grad()
+        loss = self.task.loss(self.model(self.inputs[chosen]), self.targets[chosen])
         loss.backward()
-        run.step_seconds.append(timed_step(optimizer, device))
-        run.losses.append(loss.item())
-        if progress is None:
-            continue
-        progress.step()
-        if step % per_epoch == 0:
-            run.epoch_losses.append(fmean(run.losses[-per_epoch:]))
-            run.scores.append(evaluate(task, model, device))
-            progress.epoch(len(run.scores), run.epoch_losses[-1], run.scores[-1])
-    run.weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    return run
+        self.step_seconds.append(timed_step(self.optimizer, self.settings.device))
+        self.losses.append(loss.item())
+
+    def end_epoch(self) -> None:
+        """Take the mean loss since the last epoch's end, and score the model on the test set."""
+        epoch_steps = len(self.losses) // (len(self.scores) + 1)
+        self.epoch_losses.append(fmean(self.losses[-epoch_steps:]))
+        self.scores.append(evaluate(self.task, self.model, self.settings.device))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return copies of the model's parameters by name, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+
+    def median_us(self) -> float:
+        """Return the median time in ``optimizer.step()``, microseconds."""
+        return median(self.step_seconds) * 1e6
 
 
 def timed_step(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
@@ -148,7 +132,9 @@ def evaluate(task: Task, model: nn.Module, device: torch.device) -> float:
     """Return the model's score on the whole test set, in the task's unit."""
     inputs, targets = task.test
     model.eval()
-    outputs = torch.cat([model(chunk.to(device)).cpu() for chunk in inputs.split(SCORE_CHUNK)])
+    outputs = torch.cat(
+        [model(chunk.to(device)).cpu() for chunk in torch.split(inputs, SCORE_CHUNK)]
+    )
     model.train()
     return task.score(outputs, targets)
 
@@ -170,7 +156,7 @@ class Difference(NamedTuple):
 
     name: str
     differing: int
-    count: int
+    size: int
 
 
 def differences(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[Difference]:

@@ -50,6 +50,8 @@ void put(FormatId format, void* data, int64_t at, int n, const T* from) {
   }
 }
 
+constexpr int kAhead = 4;  // tensors
+
 template <template <class> class Rule, class T>
 void run(const Job& job, int64_t begin, int64_t end) {
   constexpr int parts = kState + Rule<T>::states;
@@ -66,6 +68,8 @@ void run(const Job& job, int64_t begin, int64_t end) {
     const Span& span = job.spans[s];
     const Rule<T> rule = rules[span.recipe];
     int64_t last = job.first_tile[s + 1] < end ? job.first_tile[s + 1] : end;
+    if (s + kAhead < job.count)  // a small tensor is over before the processor has seen where the next one lies
+      for (int i = 0; i < parts; ++i) __builtin_prefetch(job.spans[s + kAhead].data[i]);
     for (; tile < last; ++tile) {
       int64_t start = (tile - job.first_tile[s]) * kTile;
       int n = int(span.numel - start < kTile ? span.numel - start : kTile);
