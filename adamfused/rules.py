@@ -38,8 +38,10 @@ def root(x: Tensor) -> Tensor:
     float32 goes through double, whose root rounds to the right float32.
     """
     if x.device.type == "cpu":
+        result = torch.empty_like(x)
         with np.errstate(invalid="ignore"):
-            return torch.from_numpy(np.sqrt(x.numpy()))
+            np.sqrt(x.numpy(), out=result.numpy())
+        return result
     return x.double().sqrt().float() if x.dtype == torch.float32 else x.sqrt()
 
 

@@ -83,7 +83,7 @@ class Progress:
 
     def epoch(self) -> None:
         """Print the row of the epoch that both runs just ended."""
-        losses = "  ".join(f"{run.epoch_losses[-1]:>12.4g}" for run in self.runs)
+        losses = "  ".join(f"{run.epoch_losses[-1]:>12.4f}" for run in self.runs)
         scores = "  ".join(f"{run.scores[-1]:>12.2f}" for run in self.runs)
         seconds = time.perf_counter() - self.start
         row = f"{len(self.runs[0].scores):>5}  {losses}    {scores}  {seconds:>10.1f}"
