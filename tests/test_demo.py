@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.machinery
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import adamfused
 from adamfused import backend, demo
 from adamfused.__main__ import main
 from adamfused.demo import data, report
-from adamfused.demo.train import DataError, batches, differences
+from adamfused.demo.train import DataError, Run, Settings, Task, batches, differences
 
 
 def idx_bytes(array, magic=None):
@@ -120,7 +122,7 @@ def test_shuffle_keeps_each_image_with_its_label(mnist):
     rows = images.squeeze(1).mean(2).unfold(1, 3, 1).mean(2).argmax(1)  # where the band starts
     assert torch.equal((rows - 3) // 2, labels)
     assert not torch.equal(
-        labels, torch.from_numpy(data.read_idx(mnist / "train-labels-idx1-ubyte.gz", 1)).long()
+        labels, torch.tensor(data.read_idx(mnist / "train-labels-idx1-ubyte.gz", 1))
     )
 
 
@@ -278,14 +280,14 @@ def test_demo_learns_with_the_reference_backend(mnist, tmp_path, capsys, monkeyp
     """Also what is said where there is no native backend."""
     monkeypatch.setenv("ADAMFUSED_BACKEND", "reference")
     monkeypatch.setattr(backend, "why_not_native", lambda device: "there is no compiler")
-    code, _ = run_demo(mnist, tmp_path, "--epochs", "6", "--batch-size", "16", "--lr", "2e-3")
+    code, _ = run_demo(mnist, tmp_path, "--epochs", "4", "--batch-size", "16", "--lr", "2e-3")
     out = capsys.readouterr().out
     assert code == 0
     assert "reference backend\n" in out
     assert "nothing could be compared" in out and "there is no compiler" in out
     assert "bit-identical" not in out
-    assert "\n    6 " in out
-    last = next(line.split() for line in out.splitlines() if line.startswith("    6 "))
+    assert "\n    4 " in out
+    last = next(line.split() for line in out.splitlines() if line.startswith("    4 "))
     assert float(last[3]) > 90 and float(last[4]) > 90
 
 
@@ -339,6 +341,67 @@ def test_batches_go_over_all_examples_and_are_the_same_for_the_same_seed():
     assert not torch.equal(torch.cat(passes[0]), torch.cat(passes[1]))
     assert torch.equal(torch.cat(passes[0]), torch.cat([next(second) for _ in range(3)]))
     assert not torch.equal(torch.cat(passes[0]), torch.cat([next(other) for _ in range(3)]))
+
+
+def small_task():
+    """20 examples of 3 numbers, and a model with dropout, whose random numbers must not matter."""
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = (
+        torch.randn(20, 3, generator=generator),
+        torch.randn(20, 1, generator=generator),
+    )
+    return Task(
+        data="random numbers",
+        model_name="Dropout",
+        model=lambda: torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(3, 1)),
+        train=(inputs, targets),
+        test=(inputs[:8], targets[:8]),
+        loss=torch.nn.functional.mse_loss,
+        loss_unit="squares",
+        score=lambda outputs, targets: (outputs - targets).abs().mean().item(),
+        score_name="error",
+        score_unit="",
+    )
+
+
+SETTINGS = Settings(batch_size=8, seed=5, device=torch.device("cpu"))
+
+
+def test_run_is_a_plain_training_loop():
+    task = dataclasses.replace(small_task(), model=lambda: torch.nn.Linear(3, 1))
+    run = Run(task, SETTINGS, partial(torch.optim.Adam, lr=0.1))
+    torch.manual_seed(5)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    order, losses = batches(20, 8, 5), []
+    for epoch in range(2):
+        for _ in range(3):
+            run.step()
+            chosen = next(order)
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(task.train[0][chosen]), task.train[1][chosen])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        run.end_epoch()
+        assert run.losses == losses
+        assert run.epoch_losses[epoch] == pytest.approx(sum(losses[-3:]) / 3)
+        with torch.no_grad():
+            assert run.scores[epoch] == (model(task.test[0]) - task.test[1]).abs().mean().item()
+    assert differences(run.weights(), dict(model.named_parameters())) == []
+    assert len(run.step_seconds) == 6 and 0 < run.median_us() < 1e6
+
+
+def test_runs_that_take_turns_do_not_disturb_each_other():
+    task, adam = small_task(), partial(torch.optim.Adam, lr=0.1)
+    alone, first, second = (Run(task, SETTINGS, adam) for _ in range(3))
+    for _ in range(4):
+        alone.step()
+    for _ in range(4):
+        first.step()
+        second.step()
+    assert differences(alone.weights(), first.weights()) == []
+    assert differences(alone.weights(), second.weights()) == []
 
 
 # ---- the picture and the terminal --------------------------------------------------------------

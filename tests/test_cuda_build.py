@@ -1,0 +1,117 @@
+"""What can be seen of the CUDA kernels without a GPU: they compile for every architecture without spills, move 16
+bytes at a time, and the extension says cleanly that there is no device."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "step.cu"
+ARCHITECTURES = ("80", "90", "100", "120")
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+NVCC = find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: the CUDA kernels are not compiled")
+needs_source = pytest.mark.skipif(not SOURCE.exists(), reason="run outside of a source checkout")
+FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{SOURCE.parent.parent}"]
+
+
+def nvcc(*arguments: str) -> str:
+    assert NVCC is not None
+    done = subprocess.run([NVCC, *FLAGS, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def kernels_with_spills(ptxas: str) -> list[str]:
+    """The kernels that ptxas -v says use local memory. Its lines come in pairs: the kernel, then its numbers."""
+    found, kernel = [], "?"
+    for line in ptxas.splitlines():
+        if match := re.search(r"(?:Compiling entry function|Function properties for) '?([\w$]+)", line):
+            kernel = match[1]
+        if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if match.groups() != ("0", "0", "0"):
+                found.append(f"{kernel}: {line.strip()}")
+    return found
+
+
+@needs_nvcc
+@needs_source
+@pytest.mark.slow
+def test_no_spills_on_any_architecture(tmp_path: Path) -> None:
+    known = nvcc("--list-gpu-code")
+    wanted = [a for a in ARCHITECTURES if f"sm_{a}" in known]
+    assert "80" in wanted
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+    said = nvcc(*codes, "-Xptxas", "-v", "--threads", "2", "-c", str(SOURCE), "-o", str(tmp_path / "step.o"))
+    assert said.count("step_kernel") >= 18 * len(wanted)  # 6 rules, 3 widths
+    assert kernels_with_spills(said) == []
+
+
+def test_the_search_for_spills_can_find_one() -> None:
+    lines = (
+        "ptxas info    : Compiling entry function 'good' for 'sm_90'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Compiling entry function 'bad' for 'sm_90'\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+    )
+    assert [found.split(":")[0] for found in kernels_with_spills(lines)] == ["bad"]
+
+
+def wide_accesses(body: str) -> tuple[int, int]:
+    """The 16-byte loads and stores of global memory in a kernel's PTX."""
+    kinds = r"\.global(?:\.\w+)*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
+    return len(re.findall(rf"\bld{kinds}", body)), len(re.findall(rf"\bst{kinds}", body))
+
+
+@needs_nvcc
+@needs_source
+def test_the_aligned_path_moves_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """A kernel that takes E elements a thread has one 16-byte access a part for the format of 16/E bytes, and one
+    for each 16 bytes of the wider formats."""
+    nvcc("-gencode=arch=compute_80,code=compute_80", "-ptx", str(SOURCE), "-o", str(tmp_path / "step.ptx"))
+    entries = re.split(r"\.entry\s+", (tmp_path / "step.ptx").read_text())[1:]
+    rules = {"7RMSprop": 1, "15RMSpropMomentum": 2, "15RMSpropCentered": 2, "23RMSpropCenteredMomentum": 3}
+    rules |= {"4Adam": 2, "7AmsGrad": 3}
+    # bytes of f32 (two 16-byte accesses for E = 8), bf16 and f16; f32; f64
+    accesses_a_part = {("f", 8): 2 + 1 + 1, ("f", 4): 1, ("d", 2): 1}
+    seen = 0
+    for entry in entries:
+        match = re.match(r"\w*step_kernelINS0_(\d+[A-Za-z]+?)I([fd])EE[fd]Li(\d)EE", entry)
+        if match is None:
+            continue
+        states, each = rules[match[1]], accesses_a_part[match[2], int(match[3])]
+        loads, stores = wide_accesses(entry)
+        assert loads >= each * (2 + states), (match.groups(), loads)
+        assert stores >= each * (1 + states), (match.groups(), stores)
+        seen += 1
+    assert seen == 18
+    assert wide_accesses("ld.global.v4.u16 st.global.f32 ld.param.v4.f32") == (0, 0)  # the count can fail
+
+
+@pytest.mark.native
+def test_the_extension_says_cleanly_whether_there_is_a_device() -> None:
+    import torch
+
+    from adamfused import backend
+
+    native = backend.native()
+    assert native is not None
+    if not native.with_cuda:
+        assert "without CUDA" in str(backend.why_not_native(torch.device("cuda")))
+    elif torch.cuda.is_available():
+        assert native.cuda_status() is None
+        assert native.cuda_self_test() is None
+    else:
+        assert native.cuda_status()  # a sentence of the driver's, not a crash
+        assert native.cuda_self_test() == native.cuda_status()  # a launch is refused with the same one
