@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -153,8 +152,7 @@ def test_import_is_quick() -> None:
 @pytest.mark.native
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements() -> None:
-    """Both ends of one huge tensor move, and every element between. The gradient's pages are never written, so they
-    take no memory."""
+    """Both ends of one huge tensor move, and every element between."""
     n = 2**31 + 17
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if available < 14e9:
@@ -163,14 +161,13 @@ def test_more_than_2_to_the_31_elements() -> None:
     p.grad = torch.zeros(n, dtype=torch.bfloat16)
     places = [0, 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, n - 1]
     p.grad[places] = torch.arange(1, 8, dtype=torch.bfloat16)
-    started = time.perf_counter()
     with torch.no_grad():
         p += 1
-    optimizer = adamfused.RMSprop([p], lr=0.5, weight_decay=0.5, state_dtype="param", backend="native")
+    optimizer = adamfused.RMSprop([p], lr=0.5, eps=1.0, weight_decay=0.5, state_dtype="param", backend="native")
     optimizer.step()
     few = torch.ones(8, dtype=torch.bfloat16).requires_grad_()
     few.grad = torch.arange(0, 8, dtype=torch.bfloat16)
-    adamfused.RMSprop([few], lr=0.5, weight_decay=0.5, state_dtype="param", backend="reference").step()
+    adamfused.RMSprop([few], lr=0.5, eps=1.0, weight_decay=0.5, state_dtype="param", backend="reference").step()
     assert torch.equal(p.detach()[places], few.detach()[1:])
-    moved = p.detach() == few.detach()[0]
-    assert int(moved.sum()) == n - len(places), f"after {time.perf_counter() - started:.0f} s"
+    moved = sum(int((part == few.detach()[0]).sum()) for part in p.detach().split(2**26))  # a sum takes 8 n bytes
+    assert moved == n - len(places)

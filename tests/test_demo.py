@@ -50,11 +50,10 @@ def mnist(tmp_path):
 
 
 def run_demo(folder, tmp_path, *more):
+    """Run the demo on one thread; return its exit code and the path of the picture."""
     plot = tmp_path / "curves.png"
-    code = main(
-        ["demo", "mnist", "--device", "cpu", "--data-dir", str(folder), "--plot", str(plot), *more]
-    )
-    return code, plot
+    options = ["--data-dir", str(folder), "--plot", str(plot), "--device", "cpu", "--threads", "1"]
+    return main(["demo", "mnist", *options, *more]), plot
 
 
 # ---- IDX files ---------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ QUICK = ("--epochs", "2", "--limit", "128", "--batch-size", "32", "--lr", "2e-3"
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop"])
 def test_demo_end_to_end(mnist, tmp_path, capsys, optimizer):
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    code, plot = run_demo(mnist, tmp_path, *QUICK, "--threads", "1", "--optimizer", optimizer)
+    code, plot = run_demo(mnist, tmp_path, *QUICK, "--optimizer", optimizer)
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
     out = capsys.readouterr().out
     assert code == 0
@@ -402,6 +401,16 @@ def test_runs_that_take_turns_do_not_disturb_each_other():
         second.step()
     assert differences(alone.weights(), first.weights()) == []
     assert differences(alone.weights(), second.weights()) == []
+
+
+def test_dropout_is_off_while_scoring_and_on_again_after():
+    run = Run(small_task(), SETTINGS, partial(torch.optim.Adam, lr=0.1))
+    run.step()
+    run.end_epoch()
+    (inputs, targets), linear = small_task().test, run.model[1]
+    with torch.no_grad():
+        assert run.scores == [(linear(inputs) - targets).abs().mean().item()]
+    assert run.model.training
 
 
 # ---- the picture and the terminal --------------------------------------------------------------

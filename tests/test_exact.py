@@ -143,6 +143,7 @@ def test_every_size_up_to_257(case):
     assert_same_result(*wild_run(make, kwargs, [torch.float32], range(1, 258), steps=3))
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("state_dtype", [None, "param", *REAL_DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", REAL_DTYPES + COMPLEX_DTYPES, ids=str)
 def test_gradients_and_states_of_other_dtypes(dtype, state_dtype):
