@@ -126,6 +126,24 @@ bool may_overlap(const at::Tensor& t) {
   return false;
 }
 
+// Whether two parameters lie in the same memory, as when one was made from the other's data. They must then move one
+// after the other, in order, as torch moves them; at once they would race.
+bool share_memory(const std::vector<Span>& spans) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  ranges.reserve(spans.size());
+  bool sorted = true;
+  for (const Span& span : spans) {
+    if (span.numel == 0) continue;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(span.data[kParam]);
+    sorted &= ranges.empty() || ranges.back().first <= begin;
+    ranges.emplace_back(begin, begin + size_t(span.numel) * size_of(span.format[kParam]));
+  }
+  if (!sorted) std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i)
+    if (ranges[i].first < ranges[i - 1].second) return true;
+  return false;
+}
+
 // A step count on the host: where it lies, and what it will be after this step.
 struct Count {
   void* data;
@@ -306,7 +324,7 @@ class Step {
     if (tiles == 0) return;
     // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 64 numbers.
     const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 64 * tiles));
-    if (forked.load()) run(job, 0, tiles);
+    if (forked.load() || share_memory(bucket.spans)) run(job, 0, tiles);
     else at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
   }
 
@@ -314,8 +332,13 @@ class Step {
     c10::DeviceGuard guard(bucket.device);
     c10::impl::VirtualGuardImpl device_type(bucket.device.type());
     void* stream = reinterpret_cast<void*>(device_type.getStream(bucket.device).native_handle());
-    const char* error = cuda_run(bucket.job(), stream);
-    TORCH_CHECK(error == nullptr, "adamfused: the step on ", bucket.device, " failed: ", error);
+    Job job = bucket.job();
+    const int64_t all = job.count, at_once = share_memory(bucket.spans) ? 1 : all;
+    for (int64_t done = 0; done < all; done += at_once, job.spans += at_once) {
+      job.count = at_once;
+      const char* error = cuda_run(job, stream);
+      TORCH_CHECK(error == nullptr, "adamfused: the step on ", bucket.device, " failed: ", error);
+    }
   }
 
   std::vector<Bucket> buckets_;

@@ -20,6 +20,16 @@ enum class RuleId : int { ADAMFUSED_RULES(ADAMFUSED_ENUM) };
 enum class FormatId : uint8_t { ADAMFUSED_FORMATS(ADAMFUSED_ENUM) };
 #undef ADAMFUSED_ENUM
 
+#define ADAMFUSED_CASE(F, ...) \
+  case FormatId::F: return sizeof(ADAMFUSED_TARGET::F::Rest);
+namespace ADAMFUSED_TARGET {
+ADAMFUSED_HD size_t size_of(FormatId format) {
+  switch (format) { ADAMFUSED_FORMATS(ADAMFUSED_CASE) }
+  return 0;
+}
+}  // namespace ADAMFUSED_TARGET
+#undef ADAMFUSED_CASE
+
 // One tensor. All its parts lie in memory in the same order, without holes.
 struct Span {
   void* data[kSlots];

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifndef ADAMFUSED_TARGET

@@ -16,12 +16,10 @@ namespace cuda {
 int elements_a_thread(const Job& job, int parts) {
   size_t narrowest = 16;
   for (int64_t s = 0; s < job.count; ++s)
-    for (int k = 0; k < parts; ++k) switch (job.spans[s].format[k]) {
-#define ADAMFUSED_CASE(F, ...) \
-  case FormatId::F: narrowest = sizeof(F::Rest) < narrowest ? sizeof(F::Rest) : narrowest; break;
-        ADAMFUSED_FORMATS(ADAMFUSED_CASE)
-#undef ADAMFUSED_CASE
-      }
+    for (int k = 0; k < parts; ++k) {
+      const size_t size = size_of(job.spans[s].format[k]);
+      narrowest = size < narrowest ? size : narrowest;
+    }
   return int(16 / narrowest);
 }
 

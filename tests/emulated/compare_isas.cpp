@@ -1,0 +1,252 @@
+// Runs every instruction set's kernels on copies of the same tensors and compares what they leave, bit for bit, with
+// what the scalar kernels leave; a NaN need only be a NaN. It needs neither torch nor Python and can be the only
+// process of a machine (process 1), so that it also runs in an emulator of a processor that is not at hand: run.sh.
+//
+//   compare_isas [--every N] [--break] [ISA...]
+//     --every N  only every Nth combination of rule and formats
+//     --break    flips one bit of what the others get: a difference must be found
+//     ISA...     fail unless these, too, run here
+// Exit status: 0 no difference, 1 a difference or an ISA that does not run, 2 wrong usage.
+#define ADAMFUSED_TARGET host
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/reboot.h>
+#include <unistd.h>
+
+#include <vector>
+
+#include "cpu/isa.h"
+
+using namespace adamfused;
+
+namespace {
+
+class Random {  // splitmix64
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t bits() {
+    uint64_t x = state_ += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+  }
+  int below(int n) { return int((bits() >> 32) % uint64_t(n)); }
+  // From 2^low to 2^high in magnitude, of either sign. Of the fraction's 52 bits those in `fraction` are kept.
+  double number(int low, int high, uint64_t fraction = ~uint64_t(0), uint64_t set = 0) {
+    uint64_t r = bits(), exponent = uint64_t(1023 + low + below(high - low));
+    uint64_t b = (((r & fraction) | set) & 0x800fffffffffffffu) | exponent << 52;
+    double x;
+    memcpy(&x, &b, sizeof x);
+    return x;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// ---- what depends on the rule or the format, as tables ----------------------------------------------------------------
+
+// Each reaches what another does not: both kinds of decay, maximize, averages told from their far end, eps = 0.
+constexpr int kRecipes = 5;
+constexpr double kLr[kRecipes] = {1e-3, 1e-2, 0.3, 1.0, 1e-4};
+constexpr RMSpropHyper kRMSprop[kRecipes] = {
+    {0.99, 1e-8, 0, 0.9, 0}, {0.9, 1e-6, 0.01, 0, 1}, {0.3, 1e-8, 0, 0.3, 0}, {0, 0, 0, 0.5, 0}, {0.999, 1e-8, 0.1, 0.99, 0}};
+constexpr AdamHyper kAdam[kRecipes] = {{0.9, 0.999, 1e-8, 0, 0, 0, 1},
+                                       {0.9, 0.999, 1e-8, 0.01, 1, 0, 1},
+                                       {0.3, 0.95, 1e-8, 0.1, 0, 1, 1},
+                                       {0, 0, 0, 0, 0, 0, 0},
+                                       {0.95, 0.4, 1e-6, 0.1, 1, 1, 0}};
+const RMSpropHyper& hyper(const RMSpropHyper*, int i) { return kRMSprop[i]; }
+const AdamHyper& hyper(const AdamHyper*, int i) { return kAdam[i]; }
+
+template <class Rule>
+std::vector<char> prepare(double t) {
+  std::vector<char> made(kRecipes * sizeof(Rule));
+  for (int i = 0; i < kRecipes; ++i) {
+    Rule rule = Rule::prepare(hyper(static_cast<const typename Rule::Hyper*>(nullptr), i), kLr[i], t);
+    memcpy(made.data() + i * sizeof rule, &rule, sizeof rule);
+  }
+  return made;
+}
+
+struct RuleFacts {
+  const char* name;
+  int states;
+  std::vector<char> (*prepare[2])(double t);
+};
+#define ROW(R, name) {name, host::R<float>::states, {prepare<host::R<float>>, prepare<host::R<double>>}},
+const RuleFacts kRuleFacts[kRules] = {ADAMFUSED_RULES(ROW)};
+#undef ROW
+
+template <class Format>
+void put(void* to, double x) {
+  typename Format::Rest rest = Format::put(x);
+  memcpy(to, &rest, sizeof rest);
+}
+template <class Format>
+bool is_nan(const void* from) {
+  typename Format::Rest rest;
+  memcpy(&rest, from, sizeof rest);
+  auto x = Format::get(rest);
+  return x != x;
+}
+
+struct FormatFacts {
+  const char* name;
+  size_t size;
+  void (*put)(void*, double);
+  bool (*is_nan)(const void*);
+};
+#define ROW(F, ...) {#F, sizeof(host::F::Rest), put<host::F>, is_nan<host::F>},
+const FormatFacts kFormatFacts[kFormats] = {ADAMFUSED_FORMATS(ROW)};
+#undef ROW
+const FormatFacts& facts(FormatId f) { return kFormatFacts[int(f)]; }
+
+// ---- the tensors of one job -------------------------------------------------------------------------------------------
+
+struct alignas(64) Line {
+  uint8_t bytes[64];
+};
+using Memory = std::vector<Line>;
+uint8_t* bytes(Memory& memory) { return memory[0].bytes; }
+size_t size(const Memory& memory) { return memory.size() * sizeof(Line); }
+
+void draw(Random& random, bool is_state, const FormatFacts& format, uint8_t* to) {
+  static const double special[] = {0, -0.0, 1, 0x1p-149, 0x1.8p-130, 0x1p-1074, 0x1p-24, 0x1p-25, 65504, 65520, HUGE_VAL, NAN};
+  uint64_t raw = random.bits();
+  double x;
+  switch (random.below(32)) {
+    case 0: memcpy(to, &raw, format.size); return;  // anything at all
+    case 1: x = special[raw % (sizeof special / sizeof *special)]; break;
+    case 2: x = random.number(-24, 16, ~uint64_t(0) << 45, uint64_t(1) << 44); break;  // half way in BF16
+    case 3: x = random.number(-24, 16, ~uint64_t(0) << 42, uint64_t(1) << 41); break;  // in F16
+    case 4: x = random.number(-24, 16, ~uint64_t(0) << 29, uint64_t(1) << 28); break;  // in F32
+    case 5: case 6: case 7: case 8: case 9: case 10: x = random.number(-100, 100); break;
+    default: x = random.number(-12, 4);
+  }
+  if (is_state && random.below(32) != 0) x = fabs(x);  // a negative second moment is soon NaN
+  format.put(to, x);
+}
+
+struct Batch {
+  RuleId rule;
+  bool in_double;
+  int parts;
+  std::vector<Span> spans;  // `data` holds offsets
+  std::vector<int64_t> first_tile{0};
+  size_t size = 0;
+
+  Batch(RuleId rule, FormatId p, FormatId g, FormatId state, Random& random)
+      : rule(rule), in_double(p == FormatId::F64), parts(kState + kRuleFacts[int(rule)].states) {
+    for (int n = 0; n <= 70; ++n) add(n, p, g, state, random);
+    for (int n : {1023, 1024, 1025, 2049, 5000}) add(n, p, g, state, random);
+  }
+  void add(int64_t n, FormatId p, FormatId g, FormatId state, Random& random) {
+    Span span{{}, {p, g, state, state, state}, false, random.below(kRecipes), n, nullptr};
+    for (int k = 0; k < parts; ++k) {
+      if (k >= kState && random.below(4) == 0) span.format[k] = FormatId(random.below(kFormats));
+      size_t width = facts(span.format[k]).size;
+      size += 64;  // guard bytes, more of them where the next part is aligned to a cache line
+      size = (size + 63) / 64 * 64 + (random.below(4) ? random.below(int(64 / width)) * width : 0);
+      span.data[k] = reinterpret_cast<void*>(size);
+      size += size_t(n) * width;
+    }
+    spans.push_back(span);
+    first_tile.push_back(first_tile.back() + (n + kTile - 1) / kTile);
+  }
+  size_t at(const Span& span, int k) const { return reinterpret_cast<size_t>(span.data[k]); }
+
+  void fill(Random& random, Memory& memory, int from, int to) const {
+    for (const Span& span : spans)
+      for (int k = from; k < to; ++k) {
+        const FormatFacts& format = facts(span.format[k]);
+        for (int64_t i = 0; i < span.numel; ++i)
+          draw(random, k >= kState, format, bytes(memory) + at(span, k) + size_t(i) * format.size);
+      }
+  }
+  void run(const Isa& isa, Memory& memory, double t, int64_t cut) const {
+    std::vector<Span> placed = spans;
+    for (Span& span : placed)
+      for (int k = 0; k < parts; ++k) span.data[k] = bytes(memory) + at(span, k);
+    std::vector<char> rules = kRuleFacts[int(rule)].prepare[in_double](t);
+    Job job{rule, in_double, placed.data(), int64_t(placed.size()), rules.data(), nullptr, 0, first_tile.data()};
+    isa.table[int(rule)][in_double](job, 0, cut);
+    isa.table[int(rule)][in_double](job, cut, first_tile.back());
+  }
+};
+
+struct Tally {
+  const Isa* isa;
+  Memory memory;
+  long long compared, nan, different;
+};
+
+// Two memories: every number that is written, as a number, and all else, gradients and guards, as bytes.
+void compare(const Batch& batch, int step, Memory& expected, Tally& tally) {
+  uint8_t *want = bytes(expected), *got = bytes(tally.memory);
+  auto report = [&](const char* what, const Span& span, int k, int64_t i) {
+    if (++tally.different > 10) return;
+    printf("%s: %s, %s, step %d, %lld numbers, formats", tally.isa->name, what, kRuleFacts[int(batch.rule)].name, step,
+           (long long)span.numel);
+    for (int j = 0; j < batch.parts; ++j) printf(" %s", facts(span.format[j]).name);
+    printf(", recipe %d, part %d", span.recipe, k);
+    uint64_t a = 0, b = 0;
+    size_t width = facts(span.format[k]).size, place = batch.at(span, k) + size_t(i) * width;
+    if (i >= 0) memcpy(&a, got + place, width), memcpy(&b, want + place, width);
+    if (i >= 0) printf(", number %lld: 0x%llx, not 0x%llx", (long long)i, (unsigned long long)a, (unsigned long long)b);
+    printf("\n");
+  };
+  size_t place = 0;
+  for (const Span& span : batch.spans)
+    for (int k = 0; k < batch.parts; ++k) {
+      if (k == kGrad) continue;
+      const FormatFacts& format = facts(span.format[k]);
+      size_t begin = batch.at(span, k), end = begin + size_t(span.numel) * format.size;
+      if (memcmp(want + place, got + place, begin - place) != 0) report("wrote before this part", span, k, -1);
+      place = end;
+      for (int64_t i = 0; i < span.numel; ++i, begin += format.size) {
+        bool nan = format.is_nan(want + begin);
+        tally.nan += nan;
+        if (nan ? !format.is_nan(got + begin) : memcmp(want + begin, got + begin, format.size) != 0)
+          report("difference", span, k, i);
+      }
+      tally.compared += span.numel;
+    }
+  if (memcmp(want + place, got + place, size(expected) - place) != 0) report("wrote after this part", batch.spans.back(), batch.parts - 1, -1);
+}
+
+int compare_all(int argc, char** argv) {
+  int every = 1, failed = 0;
+  bool flip = false;
+  std::vector<const char*> wanted;
+  for (int i = 1; i < argc; ++i) {
+    if (strcmp(argv[i], "--break") == 0) flip = true;
+    else if (strcmp(argv[i], "--every") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) every = atoi(argv[++i]);
+    else if (argv[i][0] != '-') wanted.push_back(argv[i]);
+    else return fprintf(stderr, "usage: compare_isas [--every N] [--break] [ISA...]\n"), 2;
+  }
+  std::vector<Tally> tallies;
+  for (const Isa& isa : kIsaTable)
+    if (isa.runs_here()) tallies.push_back({&isa, {}, 0, 0, 0});
+  int number = 0;
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (int formats = 0; formats < kFormats * kFormats * kFormats; ++formats) {
+      if (number++ % every != 0) continue;
+      Random random(uint64_t(number));
+      Batch batch(RuleId(rule), FormatId(formats % kFormats), FormatId(formats / kFormats % kFormats),
+                  FormatId(formats / kFormats / kFormats), random);
+      Memory start(batch.size / sizeof(Line) + 2);
+      memset(bytes(start), 0xa5, size(start));
+      batch.fill(random, start, 0, batch.parts);
+      for (Tally& tally : tallies) tally.memory = start;
+      if (flip)
+        for (Tally& tally : tallies)
+          if (&tally != &tallies[0]) bytes(tally.memory)[batch.at(batch.spans.back(), kParam)] ^= 1;
+      flip = false;
+    }
+  }
+  return failed;
+}
+
+}  // namespace

@@ -1,0 +1,293 @@
+"""However the memory of a tensor is laid out, the step moves it as it moves a contiguous copy.
+
+And it writes nowhere else: not into a gradient, not between the elements of a strided view, not
+past either end. Each test steps tensors in some layout and compares all bits with the reference on
+contiguous copies of the same numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_bits, give_gradient, threads, wild
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adamfused import AdamW, RMSprop, backend
+
+# Rules with as many states as there are.
+CASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "amsgrad": (AdamW, {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True}),
+    "rmsprop": (RMSprop, {"lr": 0.1, "momentum": 0.9, "centered": True}),
+}
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+SHAPE = (2, 3, 4, 6)
+PARALLEL = (4, 8, 64, 64)  # enough numbers for two threads
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Any:
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("native", marks=pytest.mark.native),
+        pytest.param("reference", marks=pytest.mark.reference),
+    ]
+)
+def path(request) -> str:
+    if request.param == "native" and backend.native() is None:
+        pytest.skip("the extension is not loaded")
+    return request.param
+
+
+# ---- layouts: each gives the numbers of `x`, somewhere in a larger piece of memory ---------------
+
+
+def in_strides(x: Tensor, strides: tuple[int, ...], offset: int = 0) -> Tensor:
+    reach = sum(st * (n - 1) for st, n in zip(strides, x.shape, strict=True))
+    whole = torch.full((offset + reach + 3,), 7.0).to(x.dtype)
+    return whole.as_strided(x.shape, strides, offset).copy_(x)
+
+
+def within(x: Tensor, *index: slice) -> Tensor:
+    """As ``whole[index]``, where only the last dimensions are cut."""
+    room = [n * (s.step or 1) + (s.start or 0) + 2 for n, s in zip(x.shape[-2:], index, strict=True)]
+    whole = torch.full((*x.shape[:-2], *room), 7.0).to(x.dtype)
+    rows, columns = (slice(s.start, (s.start or 0) + n * (s.step or 1), s.step)
+                     for n, s in zip(x.shape[-2:], index, strict=True))
+    return whole[..., rows, columns].copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "second columns": lambda x: within(x, slice(None), slice(None, None, 2)),
+    "odd columns": lambda x: within(x, slice(None), slice(1, None, 2)),
+    "inner rows and columns": lambda x: within(x, slice(1, None), slice(1, None)),
+    "one element in": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "transposed with holes": lambda x: in_strides(x, (3, 7, 22, 89), offset=2),
+}
+# What only a gradient may be: elements may lie upon each other, and numbers may wait for their sign.
+GRADIENT_LAYOUTS = LAYOUTS | {
+    "one row, expanded": lambda x: x[:1].clone().expand(x.shape),
+    "one number, expanded": lambda x: x[:1, :1, :1, :1].clone().expand(x.shape),
+    "overlapping": lambda x: x.flatten()[:15].clone().as_strided(x.shape, (1, 2, 1, 1)),
+    "negative bit": lambda x: torch._neg_view(x.clone()),
+}
+
+
+def around(t: Tensor) -> Tensor:
+    """The bytes of the storage that are not in ``t``."""
+    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    outside = torch.ones(whole.shape, dtype=torch.bool)
+    outside.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(False)
+    return whole[outside].view(torch.uint8)
+
+
+def raw(t: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone()
+
+
+# ---- the comparison ------------------------------------------------------------------------------
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return wild(rng, int(np.prod(shape)), dtype, specials=0.05).reshape(shape)
+
+
+def plain(t: Tensor) -> Tensor:
+    return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def check_step(
+    case: tuple[type[Optimizer], dict[str, Any]],
+    path: str,
+    params: list[Tensor],
+    grads: list[list[Tensor]],
+    between: Callable[[Optimizer], None] = lambda _: None,
+) -> None:
+    """Steps ``params`` once for each list in ``grads``, as they lie, and checks all that was promised."""
+    make, options = case
+    ours = [torch.nn.Parameter(p) for p in params]
+    twins = [torch.nn.Parameter(plain(p)) for p in params]
+    subject = make(ours, backend=path, **options)
+    oracle = make(twins, backend="reference", **options)
+    neighbours = [around(p) for p in params]
+    for row in grads:
+        before = [raw(g) for g in row]
+        for p, twin, g in zip(ours, twins, row, strict=True):
+            give_gradient(p, g)
+            give_gradient(twin, plain(g))
+        subject.step()
+        oracle.step()
+        for g, bytes_before in zip(row, before, strict=True):
+            assert torch.equal(raw(g), bytes_before), "a gradient was written"
+        between(subject)
+    for i, (p, twin) in enumerate(zip(subject.param_groups[0]["params"], twins, strict=True)):
+        assert_same_bits(plain(p), twin.detach(), f"parameter {i}")
+        assert list(subject.state[p]) == list(oracle.state[twin])
+        for key, state in subject.state[p].items():
+            assert_same_bits(plain(state), oracle.state[twin][key], f"'{key}' of parameter {i}")
+    for p, bytes_before in zip(params, neighbours, strict=True):
+        assert torch.equal(around(p), bytes_before), "memory beside a parameter was written"
+
+
+def check_layouts(case: Any, path: str, shape: tuple[int, ...], dtype: torch.dtype, p: str, g: str) -> None:
+    params = [LAYOUTS[p](numbers(shape, dtype, 0))]
+    grads = [[GRADIENT_LAYOUTS[g](numbers(shape, dtype, seed))] for seed in (1, 2)]
+    check_step(case, path, params, grads)
+
+
+@pytest.mark.parametrize("g", GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("p", LAYOUTS)
+def test_any_parameter_with_any_gradient(case, path, p, g) -> None:
+    check_layouts(case, path, SHAPE, torch.float32, p, g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", LAYOUTS)
+def test_any_dtype(path, p, dtype) -> None:
+    for g in ("contiguous", "channels last", "second columns", "one row, expanded"):
+        check_layouts(CASES["amsgrad"], path, SHAPE, dtype, p, g)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("g", ["contiguous", "channels last"])
+@pytest.mark.parametrize("p", LAYOUTS)
+def test_any_number_of_threads(path, p, g, n_threads) -> None:
+    layout = {"transposed with holes": "transposed"}.get(p, p)
+    with threads(n_threads):
+        check_layouts(CASES["amsgrad"], path, PARALLEL, torch.float32, layout, g)
+
+
+# ---- complex numbers that wait for their sign ----------------------------------------------------
+
+WAITING: dict[str, Callable[[Tensor], Tensor]] = {
+    "conjugate": lambda z: z.clone().conj(),
+    "negative": lambda z: torch._neg_view(z.clone()),
+    "negative conjugate": lambda z: torch._neg_view(z.clone()).conj(),
+}
+SIZES = [(1,), (), (2,), (1, 1), (5, 7)]
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("waits", WAITING.values(), ids=WAITING.keys())
+def test_complex_gradient_that_waits_for_its_sign(case, path, waits, shape) -> None:
+    grads = [[waits(numbers(shape, torch.complex64, seed))] for seed in (1, 2)]
+    check_step(case, path, [numbers(shape, torch.complex64, 0)], grads)
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_real_gradient_that_waits_for_its_sign(case, path, shape) -> None:
+    grads = [[numbers(shape, torch.complex64, seed).conj().imag] for seed in (1, 2)]
+    assert all(g.is_neg() for (g,) in grads)
+    check_step(case, path, [numbers(shape, torch.float32, 0)], grads)
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("waits", WAITING.values(), ids=WAITING.keys())
+def test_complex_parameter_that_waits_for_its_sign(case, path, waits, shape) -> None:
+    params = [waits(numbers(shape, torch.complex64, 0))]
+    check_step(case, path, params, [[numbers(shape, torch.complex64, seed)] for seed in (1, 2)])
+
+
+# ---- shapes and lists at the edges ---------------------------------------------------------------
+
+ODD_SHAPES: dict[str, Callable[[int], Tensor]] = {
+    "0-dim": lambda s: numbers((), torch.float32, s),
+    "one element": lambda s: numbers((1, 1), torch.float32, s),
+    "empty": lambda s: numbers((0,), torch.float32, s),
+    "empty in the middle": lambda s: numbers((3, 0, 2), torch.float32, s),
+    "empty, expanded": lambda s: torch.empty(1, 0).expand(5, 0),
+    "size 1 with a huge stride": lambda s: in_strides(numbers((3, 1, 4), torch.float32, s), (4, 999, 1)),
+    "size 1 with stride 0": lambda s: in_strides(numbers((3, 1, 4), torch.float32, s), (4, 0, 1)),
+    "all sizes 1, all strides 0": lambda s: in_strides(numbers((1, 1), torch.float32, s), (0, 0)),
+    "1x1 kernel, channels last": lambda s: numbers((5, 3, 1, 1), torch.float32, s).contiguous(
+        memory_format=torch.channels_last
+    ),
+}
+
+
+@pytest.mark.parametrize("make", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
+def test_odd_shape(case, path, make) -> None:
+    contiguous = [[plain(make(seed))] for seed in (1, 2)]
+    check_step(case, path, [make(0)], contiguous)
+    check_step(case, path, [make(0)], [[make(seed)] for seed in (1, 2)])
+    check_step(case, path, [plain(make(0))], [[make(seed)] for seed in (1, 2)])
+
+
+@pytest.mark.parametrize("empties", [{0}, {1}, {4}, {0, 4}, {1, 2}, {0, 1, 2, 3, 4}], ids=str)
+def test_empty_parameters_anywhere_in_the_list(case, path, empties) -> None:
+    shapes = [(0,) if i in empties else (3 + 500 * i,) for i in range(5)]
+    lists = [[numbers(s, torch.float32, seed) for s in shapes] for seed in (0, 1, 2)]
+    check_step(case, path, lists[0], lists[1:])
+
+
+def test_many_parameters_with_empty_ones_between(path) -> None:
+    empties = {0, 29, 30, 35, 36, 109, 110, 320, 321, 399}
+    shapes = [(0,) if i in empties else (1 + i % 7,) for i in range(400)]
+    lists = [[numbers(s, torch.float32, seed) for s in shapes] for seed in (0, 1)]
+    check_step(CASES["amsgrad"], path, lists[0], lists[1:])
+
+
+# ---- parameters that share a piece of memory -----------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 40_000])
+def test_interleaved_columns_as_two_parameters(case, path, rows) -> None:
+    base = numbers((rows, 4), torch.float32, 0)
+    params = [base[:, ::2], base[:, 1::2]]
+    expected = [plain(p) for p in params]
+    grads = [[numbers((rows, 2), torch.float32, 2 * seed + i) for i in (0, 1)] for seed in (1, 2)]
+    make, options = case
+    for group, choice in ((params, path), (expected, "reference")):
+        optimizer = make([torch.nn.Parameter(t) for t in group], backend=choice, **options)
+        for row in grads:
+            for p, g in zip(optimizer.param_groups[0]["params"], row, strict=True):
+                p.grad = g
+            optimizer.step()
+    for p, twin in zip(params, expected, strict=True):
+        assert_same_bits(plain(p), twin)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_parts_of_one_flat_buffer(case, path, n_threads) -> None:
+    """As FSDP has it: parameters and gradients are cut from two flat tensors, at odd places."""
+    shapes = [(3,), (5, 7), (1,), (0,), (33, 1025), (2, 3, 5), (1023,)]
+    cuts = list(itertools.accumulate((int(np.prod(s)) for s in shapes), initial=1))
+    flat, *flat_grads = (numbers((cuts[-1] + 3,), torch.float32, seed) for seed in (0, 1, 2))
+
+    def cut(whole: Tensor) -> list[Tensor]:
+        parts = zip(itertools.pairwise(cuts), shapes, strict=True)
+        return [whole[a:b].view(shape) for (a, b), shape in parts]
+
+    whole = flat.clone()
+    make, options = case
+    optimizers = [
+        make([torch.nn.Parameter(p) for p in cut(flat)], backend=path, **options),
+        make([torch.nn.Parameter(p.clone()) for p in cut(whole)], backend="reference", **options),
+    ]
+    for flat_grad, optimizer in itertools.product(flat_grads, optimizers):
+        for p, g in zip(optimizer.param_groups[0]["params"], cut(flat_grad), strict=True):
+            p.grad = g
+        with threads(n_threads):
+            optimizer.step()
+    for moved, p in zip(cut(whole), optimizers[1].param_groups[0]["params"], strict=True):
+        moved.copy_(p.detach())
+    assert_same_bits(flat, whole)
