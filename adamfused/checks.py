@@ -24,7 +24,9 @@ def is_supported(dtype: torch.dtype) -> bool:
 def may_overlap(t: Tensor) -> bool:
     """Whether two elements may share memory, told from the strides: each must step over all that smaller ones reach."""
     reach = 0
-    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+    for stride, size in sorted(
+        (st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1
+    ):
         if t.numel() > 1 and stride <= reach:
             return True
         reach += stride * (size - 1)
@@ -34,7 +36,9 @@ def may_overlap(t: Tensor) -> bool:
 def _has_memory(t: Tensor) -> bool:
     if t.numel() == 0:
         return True
-    last = t.storage_offset() + sum(st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True))
+    last = t.storage_offset() + sum(
+        st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True)
+    )
     return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 
@@ -72,8 +76,8 @@ def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
         return problem
     if may_overlap(param):
         return (
-            f"some of its elements may share memory (shape {tuple(param.shape)}, strides {param.stride()}), so an update "
-            "in place has no meaning; expected each element in its own place; make the parameter from a clone()"
+            f"some of its elements may share memory (shape {tuple(param.shape)}, strides {param.stride()}), so an "
+            "update in place has no meaning; expected each element in its own place; make the parameter from a clone()"
         )
     if grad.layout is not torch.strided:
         return (
@@ -85,7 +89,9 @@ def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
     ) or _memory_problem(grad, "its gradient")
 
 
-def step_problem(param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+def step_problem(
+    param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Sequence[str]
+) -> str | None:
     """Why this parameter cannot be stepped, or ``None``."""
     if problem := tensors_problem(param, grad):
         return problem
@@ -95,16 +101,22 @@ def step_problem(param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Se
         if not isinstance(t, Tensor):
             got = "is missing" if key not in state else f"is a {type(t).__name__}"
             return f"state '{key}' {got}; expected a tensor of shape {tuple(param.shape)}; {remedy}"
-        if problem := _part_problem(param, t, f"state '{key}'", remedy) or _memory_problem(t, f"state '{key}'"):
+        if problem := _part_problem(param, t, f"state '{key}'", remedy) or _memory_problem(
+            t, f"state '{key}'"
+        ):
             return problem
         if may_overlap(t):
             return f"elements of state '{key}' may share memory (strides {t.stride()}); expected its own; {remedy}"
     count = state.get("step")
     if not isinstance(count, Tensor) or count.numel() != 1:
-        got = f"of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
-        return f"state 'step' is {got}; expected a tensor with one number; load a checkpoint that fits"
+        got = (
+            f"of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+        )
+        return (
+            f"state 'step' is {got}; expected a tensor with one number; load a checkpoint that fits"
+        )
     if count.device.type != "cpu" and count.device != param.device:
-        return f"state 'step' is on {count.device}; expected cpu or the parameter's device {param.device}; move it there"
+        return f"state 'step' is on {count.device}; expected cpu or the parameter's {param.device}; move it there"
     if count.device.type == "cpu" and not count_is_valid(count):
         return f"state 'step' is {count.item()}; expected a finite number of at least 0; load a checkpoint that fits"
     return None
@@ -137,7 +149,10 @@ def load_problem(
                 "it was saved for another model or another order of parameters"
             )
         if not is_supported(t.dtype) or t.is_complex() != param.is_complex():
-            return f"'{key}' in the checkpoint has dtype {t.dtype}, which does not go with the parameter's {param.dtype}"
+            return (
+                f"'{key}' in the checkpoint has dtype {t.dtype}, which does not go with the parameter's {param.dtype}; "
+                "it was saved for another model"
+            )
         if problem := _memory_problem(t, f"'{key}' in the checkpoint"):
             return problem
     count = state["step"]

@@ -80,7 +80,9 @@ class FusedOptimizer(Optimizer):
         check_state_dtype(extras["state_dtype"][0])
         backend.choose(backend_choice)
         backend.native()
-        super().__init__(params, defaults | {k: v for k, (v, default) in extras.items() if v != default})
+        super().__init__(
+            params, defaults | {k: v for k, (v, default) in extras.items() if v != default}
+        )
         # After super().__init__, which copies all of self.defaults into the groups: a checkpoint must not carry the
         # backend, but a pickled or deep-copied optimizer keeps `defaults` and nothing else.
         self.defaults["backend"] = backend_choice
@@ -96,7 +98,9 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: also if a parameter stands twice in the group: it would be moved twice at once.
         """
-        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, set, type(None))):
+        if isinstance(param_group, dict) and not isinstance(
+            param_group.get("params"), (Tensor, set, type(None))
+        ):
             param_group["params"] = params = list(param_group["params"])
             tensors = [p[1] if isinstance(p, tuple) else p for p in params]
             first: dict[int, int] = {}
@@ -140,7 +144,8 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: if a state does not fit its parameter; the optimizer is then as it was.
         """
-        handle = self.register_load_state_dict_pre_hook(type(self)._check_loaded)  # runs after the user's own hooks
+        # The last hook: those of the user have run.
+        handle = self.register_load_state_dict_pre_hook(lambda _, saved: self._check_loaded(saved))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -193,7 +198,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and backend.choose(self.defaults["backend"]) != "reference":
+        if (
+            torch.compiler.is_compiling()
+            and backend.choose(self.defaults["backend"]) != "reference"
+        ):
             self._traced_step()
         else:
             self._eager_step()
@@ -218,7 +226,10 @@ class FusedOptimizer(Optimizer):
 
         try:
             if native is not None:
-                rows = [self._row(native, g, plan) for g, plan in zip(self.param_groups, plans, strict=True)]
+                rows = [
+                    self._row(native, g, plan)
+                    for g, plan in zip(self.param_groups, plans, strict=True)
+                ]
                 left = native.step(self.state, rows, init, judge)
             else:
                 left = [(j, i) for j, i, p in self._each() if p.grad is not None]
@@ -247,7 +258,9 @@ class FusedOptimizer(Optimizer):
                 continue
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                torch.ops.adamfused.step_(params, grads, states, counts, plan.rule, plan.hyper, 0.0, lr)
+                torch.ops.adamfused.step_(
+                    params, grads, states, counts, plan.rule, plan.hyper, 0.0, lr
+                )
             else:
                 torch.ops.adamfused.step_(params, grads, states, counts, plan.rule, plan.hyper, lr)
 
@@ -271,7 +284,9 @@ class FusedOptimizer(Optimizer):
             states.extend(self.state[p][key] for key in plan.keys)
             counts.append(self.state[p]["step"])
 
-    def _new_state(self, p: Tensor, group: dict[str, Any], keys: Sequence[str]) -> dict[str, Tensor]:
+    def _new_state(
+        self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
+    ) -> dict[str, Tensor]:
         dtype = state_dtype_for(p, group.get("state_dtype"))
         device = p.device if group["capturable"] else torch.device("cpu")
         state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
@@ -310,7 +325,9 @@ class FusedOptimizer(Optimizer):
         """Raises if a parameter cannot be stepped; with ``only_tensors``, looks at no state yet."""
         p = self.param_groups[j]["params"][i]
         if not isinstance(p, Tensor):
-            raise RuntimeError(f"{self._place(j, i)}: it is a {type(p).__name__}; expected a tensor")
+            raise RuntimeError(
+                f"{self._place(j, i)}: it is a {type(p).__name__}; expected a tensor"
+            )
         for t in (p, p.grad):
             if _local(t) is t and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python):
                 raise RuntimeError(

@@ -202,7 +202,9 @@ class AmsGrad(Adam):
 
     states = 3
 
-    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor
+    ) -> tuple[Tensor, ...]:
         g = directed(p, g, self.sign, self.l2)
         m = average(m, g, self.w1)
         v = average(v, g * g, self.w2)
@@ -211,7 +213,7 @@ class AmsGrad(Adam):
         return p, m, v, top
 
 
-RULES = {
+RULES: dict[str, Callable[..., Callable[..., tuple[Tensor, ...]]]] = {
     "rmsprop": RMSprop,
     "rmsprop_momentum": RMSpropMomentum,
     "rmsprop_centered": RMSpropCentered,

@@ -21,7 +21,8 @@ enum class FormatId : uint8_t { ADAMFUSED_FORMATS(ADAMFUSED_ENUM) };
 #undef ADAMFUSED_ENUM
 
 #define ADAMFUSED_CASE(F, ...) \
-  case FormatId::F: return sizeof(ADAMFUSED_TARGET::F::Rest);
+  case FormatId::F:            \
+    return sizeof(ADAMFUSED_TARGET::F::Rest);
 namespace ADAMFUSED_TARGET {
 ADAMFUSED_HD size_t size_of(FormatId format) {
   switch (format) { ADAMFUSED_FORMATS(ADAMFUSED_CASE) }
@@ -34,10 +35,10 @@ ADAMFUSED_HD size_t size_of(FormatId format) {
 struct Span {
   void* data[kSlots];
   FormatId format[kSlots];
-  bool aligned;     // every part begins at a multiple of 16 bytes
-  int32_t recipe;   // index into Job::recipes or, where `step` is null, Job::rules
-  int64_t numel;    // real numbers; a complex element counts as two
-  float* step;      // where the step count lies on the device, or null when `rules` was made on the host
+  bool aligned;    // every part begins at a multiple of 16 bytes
+  int32_t recipe;  // index into Job::recipes or, where `step` is null, Job::rules
+  int64_t numel;   // real numbers; a complex element counts as two
+  float* step;     // where the step count lies on the device, or null when `rules` was made on the host
 };
 
 // What a rule is made from on the device, where step and lr may be known only there.
@@ -54,7 +55,7 @@ struct Job {
   bool in_double;
   const Span* spans;
   int64_t count;
-  const void* rules;       // prepared Rule<T>, one per group and step count
+  const void* rules;  // prepared Rule<T>, one per group and step count
   const Recipe* recipes;
   int64_t recipe_count;
   const int64_t* first_tile;  // CPU: the place of each span's first tile in the list of all tiles; count + 1 entries

@@ -81,8 +81,8 @@ struct RMSprop {
   T sign, l2, lr, eps;
 
   ADAMFUSED_HD static RMSprop prepare(const Hyper& h, double lr, double) {
-    return {weight<T>(h.alpha),   weight<T>(h.momentum), T(h.maximize != 0 ? -1.0 : 1.0),
-            T(h.weight_decay), T(lr),                 T(h.eps)};
+    return {
+        weight<T>(h.alpha), weight<T>(h.momentum), T(h.maximize != 0 ? -1.0 : 1.0), T(h.weight_decay), T(lr), T(h.eps)};
   }
   ADAMFUSED_HD void operator()(T& p, T g, T& v) const {
     g = directed(p, g, sign, l2);
@@ -187,9 +187,7 @@ template <class T>
 struct AmsGrad : Adam<T> {
   static constexpr int states = 3;
 
-  ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, double lr, double t) {
-    return {Adam<T>::prepare(h, lr, t)};
-  }
+  ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, double lr, double t) { return {Adam<T>::prepare(h, lr, t)}; }
   ADAMFUSED_HD void operator()(T& p, T g, T& m, T& v, T& top) const {
     g = directed(p, g, this->sign, this->l2);
     m = average(m, g, this->w1);
@@ -203,10 +201,10 @@ struct AmsGrad : Adam<T> {
 }  // namespace adamfused
 
 // Every rule, and the name that Python knows it by.
-#define ADAMFUSED_RULES(RULE)                                    \
-  RULE(RMSprop, "rmsprop")                                       \
-  RULE(RMSpropMomentum, "rmsprop_momentum")                      \
-  RULE(RMSpropCentered, "rmsprop_centered")                      \
-  RULE(RMSpropCenteredMomentum, "rmsprop_centered_momentum")     \
-  RULE(Adam, "adam")                                             \
+#define ADAMFUSED_RULES(RULE)                                \
+  RULE(RMSprop, "rmsprop")                                   \
+  RULE(RMSpropMomentum, "rmsprop_momentum")                  \
+  RULE(RMSpropCentered, "rmsprop_centered")                  \
+  RULE(RMSpropCenteredMomentum, "rmsprop_centered_momentum") \
+  RULE(Adam, "adam")                                         \
   RULE(AmsGrad, "amsgrad")

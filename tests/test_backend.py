@@ -75,8 +75,12 @@ def test_asked_for_it_says_nothing(pure: Path) -> None:
         ({}, "backend='native'", "backend='native'"),
     ],
 )
-def test_forced_native_that_cannot_be_had_is_an_error(pure: Path, environment, argument, said) -> None:
-    code = f"import torch, adamfused\nadamfused.AdamW([torch.ones(1, requires_grad=True)], {argument})"
+def test_forced_native_that_cannot_be_had_is_an_error(
+    pure: Path, environment, argument, said
+) -> None:
+    code = (
+        f"import torch, adamfused\nadamfused.AdamW([torch.ones(1, requires_grad=True)], {argument})"
+    )
     done = run(code, pure, **environment)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
@@ -114,14 +118,18 @@ def test_a_wrong_instruction_set_is_an_error_and_import_is_not() -> None:
     for wanted in ("mmx", "avx512"):
         if wanted == "avx512" and dict(backend._C.isas()).get("avx512"):
             continue
-        done = run("import adamfused; print('imported')\n" + STEP, PACKAGE.parent, ADAMFUSED_ISA=wanted)
+        done = run(
+            "import adamfused; print('imported')\n" + STEP, PACKAGE.parent, ADAMFUSED_ISA=wanted
+        )
         assert done.stdout == "imported\n"
         assert f"ValueError: ADAMFUSED_ISA={wanted}: " in done.stderr
 
 
 @pytest.mark.reference
 def test_a_wrong_choice_is_an_error() -> None:
-    with pytest.raises(ValueError, match="^backend must be one of auto, native, reference, got 'fast'$"):
+    with pytest.raises(
+        ValueError, match="^backend must be one of auto, native, reference, got 'fast'$"
+    ):
         adamfused.Adam([torch.ones(1, requires_grad=True)], backend="fast")
 
 
@@ -163,11 +171,17 @@ def test_more_than_2_to_the_31_elements() -> None:
     p.grad[places] = torch.arange(1, 8, dtype=torch.bfloat16)
     with torch.no_grad():
         p += 1
-    optimizer = adamfused.RMSprop([p], lr=0.5, eps=1.0, weight_decay=0.5, state_dtype="param", backend="native")
+    optimizer = adamfused.RMSprop(
+        [p], lr=0.5, eps=1.0, weight_decay=0.5, state_dtype="param", backend="native"
+    )
     optimizer.step()
     few = torch.ones(8, dtype=torch.bfloat16).requires_grad_()
     few.grad = torch.arange(0, 8, dtype=torch.bfloat16)
-    adamfused.RMSprop([few], lr=0.5, eps=1.0, weight_decay=0.5, state_dtype="param", backend="reference").step()
+    adamfused.RMSprop(
+        [few], lr=0.5, eps=1.0, weight_decay=0.5, state_dtype="param", backend="reference"
+    ).step()
     assert torch.equal(p.detach()[places], few.detach()[1:])
-    moved = sum(int((part == few.detach()[0]).sum()) for part in p.detach().split(2**26))  # a sum takes 8 n bytes
+    moved = sum(
+        int((part == few.detach()[0]).sum()) for part in p.detach().split(2**26)
+    )  # a sum takes 8 n bytes
     assert moved == n - len(places)

@@ -17,10 +17,17 @@ pytestmark = pytest.mark.reference
 
 CASES = [
     pytest.param(adamfused.Adam, torch.optim.Adam, {}, id="Adam"),
-    pytest.param(adamfused.Adam, torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1}, id="Adam-amsgrad"),
+    pytest.param(
+        adamfused.Adam, torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1}, id="Adam-amsgrad"
+    ),
     pytest.param(adamfused.AdamW, torch.optim.AdamW, {"maximize": True}, id="AdamW"),
     pytest.param(adamfused.RMSprop, torch.optim.RMSprop, {}, id="RMSprop"),
-    pytest.param(adamfused.RMSprop, torch.optim.RMSprop, {"momentum": 0.9, "centered": True}, id="RMSprop-all"),
+    pytest.param(
+        adamfused.RMSprop,
+        torch.optim.RMSprop,
+        {"momentum": 0.9, "centered": True},
+        id="RMSprop-all",
+    ),
 ]
 
 
@@ -116,7 +123,9 @@ def test_bfloat16_moments_of_a_torch_checkpoint_stay_bfloat16() -> None:
     step(target, params, 2)
 
 
-@pytest.mark.parametrize("as_type", [float, int, lambda x: torch.tensor(x, dtype=torch.float64), torch.tensor])
+@pytest.mark.parametrize(
+    "as_type", [float, int, lambda x: torch.tensor(x, dtype=torch.float64), torch.tensor]
+)
 def test_step_counts_of_old_checkpoints_load(as_type) -> None:
     params = parameters()
     source = adamfused.AdamW(params)
@@ -152,10 +161,16 @@ def test_dicts_and_pickles_that_lack_every_flag_load(ours, torchs, options) -> N
     assert target.param_groups[0].keys() == source.param_groups[0].keys()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["deepcopy", "pickle"],
+)
 def test_copies_keep_all_options(duplicate) -> None:
     params = parameters(torch.bfloat16)
-    optimizer = adamfused.AdamW(params, state_dtype="param", bias_correction=False, backend="reference")
+    optimizer = adamfused.AdamW(
+        params, state_dtype="param", bias_correction=False, backend="reference"
+    )
     step(optimizer, params, 1)
     twin = duplicate(optimizer)
     twins = twin.param_groups[0]["params"]
@@ -196,7 +211,9 @@ def test_users_load_hooks_count() -> None:
         return state_dict | {"state": state}
 
     target.register_load_state_dict_pre_hook(double)
-    target.register_load_state_dict_post_hook(lambda o: seen.append(o.state[params[0]]["exp_avg"].clone()))
+    target.register_load_state_dict_post_hook(
+        lambda o: seen.append(o.state[params[0]]["exp_avg"].clone())
+    )
     target.load_state_dict(source.state_dict())
     assert torch.equal(seen[0], source.state[params[0]]["exp_avg"] * 2)
 

@@ -91,7 +91,15 @@ def operator_arguments(rule: str, states: int, hyper: list[float]):
     params = [torch.randn(5), torch.randn(2, 3)]
     grads = [torch.randn_like(p) for p in params]
     counts = [torch.zeros(()) for _ in params]
-    return params, grads, [torch.zeros_like(p) for p in params for _ in range(states)], counts, rule, hyper, 0.1
+    return (
+        params,
+        grads,
+        [torch.zeros_like(p) for p in params for _ in range(states)],
+        counts,
+        rule,
+        hyper,
+        0.1,
+    )
 
 
 ADAM_HYPER = [0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0]
@@ -100,10 +108,16 @@ RMSPROP_HYPER = [0.99, 1e-8, 0.0, 0.9, 0.0]
 
 @pytest.mark.parametrize(
     ("rule", "states", "hyper"),
-    [("adam", 2, ADAM_HYPER), ("amsgrad", 3, ADAM_HYPER), ("rmsprop_centered_momentum", 3, RMSPROP_HYPER)],
+    [
+        ("adam", 2, ADAM_HYPER),
+        ("amsgrad", 3, ADAM_HYPER),
+        ("rmsprop_centered_momentum", 3, RMSPROP_HYPER),
+    ],
 )
 def test_opcheck(rule: str, states: int, hyper: list[float]) -> None:
-    torch.library.opcheck(torch.ops.adamfused.step_.default, operator_arguments(rule, states, hyper))
+    torch.library.opcheck(
+        torch.ops.adamfused.step_.default, operator_arguments(rule, states, hyper)
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +125,10 @@ def test_opcheck(rule: str, states: int, hyper: list[float]) -> None:
     [
         ({"rule": "sgd"}, "adamfused::step_: no rule is called 'sgd'"),
         ({"hyper": [0.9]}, "adamfused::step_: rule 'adam' takes 7 hyper-parameters, got 1"),
-        ({"grads": []}, "adamfused::step_: 2 params need as many grads and steps and 4 states, got 0, 2 and 4"),
+        (
+            {"grads": []},
+            "adamfused::step_: 2 params need as many grads and steps and 4 states, got 0, 2 and 4",
+        ),
     ],
 )
 def test_operator_refuses_wrong_lists(change: dict, message: str) -> None:

@@ -21,7 +21,9 @@ def find_nvcc() -> str | None:
 
 
 NVCC = find_nvcc()
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: the CUDA kernels are not compiled")
+needs_nvcc = pytest.mark.skipif(
+    NVCC is None, reason="no nvcc on this machine: the CUDA kernels are not compiled"
+)
 needs_source = pytest.mark.skipif(not SOURCE.exists(), reason="run outside of a source checkout")
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{SOURCE.parent.parent}"]
 
@@ -37,9 +39,13 @@ def kernels_with_spills(ptxas: str) -> list[str]:
     """The kernels that ptxas -v says use local memory. Its lines come in pairs: the kernel, then its numbers."""
     found, kernel = [], "?"
     for line in ptxas.splitlines():
-        if match := re.search(r"(?:Compiling entry function|Function properties for) '?([\w$]+)", line):
+        if match := re.search(
+            r"(?:Compiling entry function|Function properties for) '?([\w$]+)", line
+        ):
             kernel = match[1]
-        if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        if match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             if match.groups() != ("0", "0", "0"):
                 found.append(f"{kernel}: {line.strip()}")
     return found
@@ -53,7 +59,9 @@ def test_no_spills_on_any_architecture(tmp_path: Path) -> None:
     wanted = [a for a in ARCHITECTURES if f"sm_{a}" in known]
     assert "80" in wanted
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    said = nvcc(*codes, "-Xptxas", "-v", "--threads", "2", "-c", str(SOURCE), "-o", str(tmp_path / "step.o"))
+    said = nvcc(
+        *codes, "-Xptxas", "-v", "--threads", "2", "-c", str(SOURCE), "-o", str(tmp_path / "step.o")
+    )
     assert said.count("step_kernel") >= 18 * len(wanted)  # 6 rules, 3 widths
     assert kernels_with_spills(said) == []
 
@@ -79,9 +87,20 @@ def wide_accesses(body: str) -> tuple[int, int]:
 def test_the_aligned_path_moves_16_bytes_at_a_time(tmp_path: Path) -> None:
     """A kernel that takes E elements a thread has one 16-byte access a part for the format of 16/E bytes, and one
     for each 16 bytes of the wider formats."""
-    nvcc("-gencode=arch=compute_80,code=compute_80", "-ptx", str(SOURCE), "-o", str(tmp_path / "step.ptx"))
+    nvcc(
+        "-gencode=arch=compute_80,code=compute_80",
+        "-ptx",
+        str(SOURCE),
+        "-o",
+        str(tmp_path / "step.ptx"),
+    )
     entries = re.split(r"\.entry\s+", (tmp_path / "step.ptx").read_text())[1:]
-    rules = {"7RMSprop": 1, "15RMSpropMomentum": 2, "15RMSpropCentered": 2, "23RMSpropCenteredMomentum": 3}
+    rules = {
+        "7RMSprop": 1,
+        "15RMSpropMomentum": 2,
+        "15RMSpropCentered": 2,
+        "23RMSpropCenteredMomentum": 3,
+    }
     rules |= {"4Adam": 2, "7AmsGrad": 3}
     # bytes of f32 (two 16-byte accesses for E = 8), bf16 and f16; f32; f64
     accesses_a_part = {("f", 8): 2 + 1 + 1, ("f", 4): 1, ("d", 2): 1}
@@ -96,7 +115,10 @@ def test_the_aligned_path_moves_16_bytes_at_a_time(tmp_path: Path) -> None:
         assert stores >= each * (1 + states), (match.groups(), stores)
         seen += 1
     assert seen == 18
-    assert wide_accesses("ld.global.v4.u16 st.global.f32 ld.param.v4.f32") == (0, 0)  # the count can fail
+    assert wide_accesses("ld.global.v4.u16 st.global.f32 ld.param.v4.f32") == (
+        0,
+        0,
+    )  # the count can fail
 
 
 @pytest.mark.native
@@ -114,4 +136,6 @@ def test_the_extension_says_cleanly_whether_there_is_a_device() -> None:
         assert native.cuda_self_test() is None
     else:
         assert native.cuda_status()  # a sentence of the driver's, not a crash
-        assert native.cuda_self_test() == native.cuda_status()  # a launch is refused with the same one
+        assert (
+            native.cuda_self_test() == native.cuda_status()
+        )  # a launch is refused with the same one

@@ -38,12 +38,16 @@ def test_every_argument_of_torch_in_the_same_place_with_the_same_default(ours, t
         assert (mine[name].kind, mine[name].default) == (theirs.kind, theirs.default), name
     positional = [n for n, p in mine.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == [
-        n for n, p in inspect.signature(torchs.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+        n
+        for n, p in inspect.signature(torchs.__init__).parameters.items()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
 
 
 def optim_info(torchs: type) -> Any:
-    pytest.importorskip("expecttest", reason="torch's own table of optimizer cases needs expecttest")
+    pytest.importorskip(
+        "expecttest", reason="torch's own table of optimizer cases needs expecttest"
+    )
     from torch.testing._internal.common_optimizers import optim_db
 
     return next(info for info in optim_db if info.optim_cls is torchs)
@@ -72,7 +76,9 @@ def test_torchs_own_table_of_inputs(ours, torchs) -> None:
 
 @pairs
 def test_torchs_own_table_of_errors(ours, torchs) -> None:
-    for case in optim_info(torchs).optim_error_inputs_func(device=torch.device("cpu"), dtype=torch.float32):
+    for case in optim_info(torchs).optim_error_inputs_func(
+        device=torch.device("cpu"), dtype=torch.float32
+    ):
         given = case.optimizer_error_input
         if "foreach=True" in case.error_regex or "differentiable" in given.kwargs:
             continue  # foreach is ignored here, so nothing is wrong with a tensor lr beside it
@@ -88,7 +94,9 @@ def test_torchs_own_table_of_errors(ours, torchs) -> None:
                     ours(given.params, **given.kwargs)
                 except ValueError as error:
                     if case.error_type is UserWarning and "once more" in str(error):
-                        raise UserWarning("optimizer contains a parameter group with duplicate parameters") from error
+                        raise UserWarning(
+                            "optimizer contains a parameter group with duplicate parameters"
+                        ) from error
                     raise
 
 
@@ -237,7 +245,9 @@ def test_step_in_backward(ours) -> None:
         whole.zero_grad()
         twin(x).square().sum().backward()
         whole.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 @OURS
@@ -265,7 +275,10 @@ def one_rank(tmp_path):
 @OURS
 def test_fully_sharded_parameters(ours, one_rank) -> None:
     """FSDP2: states are DTensors, the bits those of the plain model, and distributed checkpoints come back."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -288,4 +301,6 @@ def test_fully_sharded_parameters(ours, one_rank) -> None:
     for p in model.parameters():
         for key, t in optimizer.state[p].items():
             other = fresh.state[p][key]
-            assert torch.equal(getattr(t, "_local_tensor", t), getattr(other, "_local_tensor", other)), key
+            assert torch.equal(
+                getattr(t, "_local_tensor", t), getattr(other, "_local_tensor", other)
+            ), key

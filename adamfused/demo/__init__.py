@@ -95,7 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("--batch-size", "N", count, demo.batch_size, f"examples a step {shown}"),
             ("--lr", "X", rate, demo.lr, f"learning rate {shown}"),
             ("--seed", "N", seed, 0, f"of the weights and of the batches {shown}"),
-            ("--threads", "N", count, None, "threads on the CPU (default: torch's choice)"),
+            (
+                "--threads",
+                "N",
+                count,
+                None,
+                "threads on the CPU (default: torch's choice; on a busy machine 1 is faster)",
+            ),
             ("--limit", "N", count, None, "train on at most N examples (default: all)"),
             ("--plot", "FILE", Path, f"demo-{name}.png", f"picture to draw {shown}"),
         ]

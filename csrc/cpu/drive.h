@@ -26,11 +26,13 @@ constexpr bool same<A, A> = true;
 template <class T>
 T* get(FormatId format, void* data, int64_t at, int n, T* buffer) {
   switch (format) {
-#define ADAMFUSED_CASE(F, ...)                                        \
-  case FormatId::F: {                                                 \
-    F::Rest* rest = static_cast<F::Rest*>(data) + at;                 \
-    if constexpr (same<F::Rest, T>) return rest;                      \
-    else return get_all<T, F>(rest, n, buffer), buffer;               \
+#define ADAMFUSED_CASE(F, ...)                        \
+  case FormatId::F: {                                 \
+    F::Rest* rest = static_cast<F::Rest*>(data) + at; \
+    if constexpr (same<F::Rest, T>)                   \
+      return rest;                                    \
+    else                                              \
+      return get_all<T, F>(rest, n, buffer), buffer;  \
   }
     ADAMFUSED_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
@@ -41,9 +43,9 @@ T* get(FormatId format, void* data, int64_t at, int n, T* buffer) {
 template <class T>
 void put(FormatId format, void* data, int64_t at, int n, const T* from) {
   switch (format) {
-#define ADAMFUSED_CASE(F, ...)                                                                    \
-  case FormatId::F:                                                                               \
-    if constexpr (!same<F::Rest, T>) put_all<T, F>(from, n, static_cast<F::Rest*>(data) + at);    \
+#define ADAMFUSED_CASE(F, ...)                                                                 \
+  case FormatId::F:                                                                            \
+    if constexpr (!same<F::Rest, T>) put_all<T, F>(from, n, static_cast<F::Rest*>(data) + at); \
     return;
     ADAMFUSED_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE

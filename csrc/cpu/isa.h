@@ -10,7 +10,7 @@ using Run = void (*)(const Job&, int64_t begin, int64_t end);
 
 struct Isa {
   const char* name;
-  bool (*runs_here)();  // asks the processor and the operating system
+  bool (*runs_here)();    // asks the processor and the operating system
   const Run (*table)[2];  // [rule][in double]
 };
 

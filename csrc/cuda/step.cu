@@ -29,9 +29,10 @@ cudaError_t launch(const Arguments<Rule>& arguments, bool advance, cudaStream_t 
     advance_kernel<Rule><<<(arguments.count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(arguments);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  uint32_t tiles = arguments.first_tile[arguments.count];
+  const uint32_t tiles = arguments.first_tile[arguments.count];
   if (tiles == 0) return cudaSuccess;  // only empty tensors; an empty grid would be an error
-  step_kernel<Rule, T, E><<<tiles < 0x7fffffffu ? tiles : 0x7fffffffu, kThreads, 0, stream>>>(arguments);
+  const uint32_t blocks = tiles < 0x7fffffffu ? tiles : 0x7fffffffu;
+  step_kernel<Rule, T, E><<<blocks, kThreads, 0, stream>>>(arguments);
   return cudaGetLastError();
 }
 
@@ -40,7 +41,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   using Args = Arguments<Rule>;
   constexpr int64_t tile_size = int64_t(kThreads) * E * kRounds;
   static_assert(sizeof(Args) <= kArgumentBytes, "kernel arguments are limited");
-  Args arguments;  // 32 KB of stack
+  Args arguments;                                         // 32 KB of stack
   std::vector<int32_t> place(size_t(job.count) + 1, -1);  // Job::rules or recipes -> Arguments::ready
   std::vector<int32_t> recipe_place(size_t(job.recipe_count) + 1, -1);
   std::vector<int32_t> used, recipe_used;
@@ -72,8 +73,10 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
     if (slot < 0) {
       slot = ready++;
       (on_device ? recipe_used : used).push_back(span.recipe);
-      if (on_device) arguments.ready[slot].recipe = job.recipes[span.recipe];
-      else arguments.ready[slot].rule = static_cast<const Rule*>(job.rules)[span.recipe];
+      if (on_device)
+        arguments.ready[slot].recipe = job.recipes[span.recipe];
+      else
+        arguments.ready[slot].rule = static_cast<const Rule*>(job.rules)[span.recipe];
     }
     auto& entry = arguments.entry[arguments.count];
     for (int k = 0; k < Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
@@ -100,8 +103,10 @@ cudaError_t run_rule(const Job& job, cudaStream_t stream) {
 const char* cuda_run(const Job& job, void* stream) {
   cudaError_t error = cudaErrorInvalidValue;
   switch (job.rule) {
-#define ADAMFUSED_CASE(R, ...) \
-  case RuleId::R: error = cuda::run_rule<cuda::R>(job, static_cast<cudaStream_t>(stream)); break;
+#define ADAMFUSED_CASE(R, ...)                                               \
+  case RuleId::R:                                                            \
+    error = cuda::run_rule<cuda::R>(job, static_cast<cudaStream_t>(stream)); \
+    break;
     ADAMFUSED_RULES(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
   }

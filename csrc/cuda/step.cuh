@@ -124,11 +124,25 @@ struct Packed {
 
 // The formats of a part are known at run time only, but are the same for a whole tile: a branch that no warp splits
 // on. It keeps the number of kernels at rules, not rules x formats^parts.
-#define ADAMFUSED_CASE_LOAD(F, ...) case FormatId::F: packed.template load<F>(data, at); return;
-#define ADAMFUSED_CASE_GET(F, ...) case FormatId::F: packed.template get<F>(x); return;
-#define ADAMFUSED_CASE_STORE(F, ...) case FormatId::F: Packed<T, E>::template store<F>(x, data, at); return;
-#define ADAMFUSED_CASE_GET_ONE(F, ...) case FormatId::F: return T(F::get(static_cast<const F::Rest*>(data)[at]));
-#define ADAMFUSED_CASE_PUT_ONE(F, ...) case FormatId::F: static_cast<F::Rest*>(data)[at] = F::put(x); return;
+#define ADAMFUSED_CASE_LOAD(F, ...)    \
+  case FormatId::F:                    \
+    packed.template load<F>(data, at); \
+    return;
+#define ADAMFUSED_CASE_GET(F, ...) \
+  case FormatId::F:                \
+    packed.template get<F>(x);     \
+    return;
+#define ADAMFUSED_CASE_STORE(F, ...)              \
+  case FormatId::F:                               \
+    Packed<T, E>::template store<F>(x, data, at); \
+    return;
+#define ADAMFUSED_CASE_GET_ONE(F, ...) \
+  case FormatId::F:                    \
+    return T(F::get(static_cast<const F::Rest*>(data)[at]));
+#define ADAMFUSED_CASE_PUT_ONE(F, ...)           \
+  case FormatId::F:                              \
+    static_cast<F::Rest*>(data)[at] = F::put(x); \
+    return;
 
 template <class T, int E>
 __device__ __forceinline__ void load(FormatId format, const void* data, int64_t at, Packed<T, E>& packed) {
@@ -180,8 +194,10 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     int s = 0, high = job.count;  // the last entry whose first tile is not past this one
     while (high - s > 1) {
       int middle = (s + high) / 2;
-      if (job.first_tile[middle] <= tile) s = middle;
-      else high = middle;
+      if (job.first_tile[middle] <= tile)
+        s = middle;
+      else
+        high = middle;
     }
     const auto& entry = job.entry[s];
     if (entry.step != nullptr) {

@@ -50,21 +50,23 @@ class Random {  // splitmix64
 // Each reaches what another does not: both kinds of decay, maximize, averages told from their far end, eps = 0.
 constexpr int kRecipes = 5;
 constexpr double kLr[kRecipes] = {1e-3, 1e-2, 0.3, 1.0, 1e-4};
-constexpr RMSpropHyper kRMSprop[kRecipes] = {
+template <class Hyper>
+constexpr Hyper kHyper[kRecipes] = {};
+template <>
+constexpr host::RMSpropHyper kHyper<host::RMSpropHyper>[kRecipes] = {
     {0.99, 1e-8, 0, 0.9, 0}, {0.9, 1e-6, 0.01, 0, 1}, {0.3, 1e-8, 0, 0.3, 0}, {0, 0, 0, 0.5, 0}, {0.999, 1e-8, 0.1, 0.99, 0}};
-constexpr AdamHyper kAdam[kRecipes] = {{0.9, 0.999, 1e-8, 0, 0, 0, 1},
-                                       {0.9, 0.999, 1e-8, 0.01, 1, 0, 1},
-                                       {0.3, 0.95, 1e-8, 0.1, 0, 1, 1},
-                                       {0, 0, 0, 0, 0, 0, 0},
-                                       {0.95, 0.4, 1e-6, 0.1, 1, 1, 0}};
-const RMSpropHyper& hyper(const RMSpropHyper*, int i) { return kRMSprop[i]; }
-const AdamHyper& hyper(const AdamHyper*, int i) { return kAdam[i]; }
+template <>
+constexpr host::AdamHyper kHyper<host::AdamHyper>[kRecipes] = {{0.9, 0.999, 1e-8, 0, 0, 0, 1},
+                                                               {0.9, 0.999, 1e-8, 0.01, 1, 0, 1},
+                                                               {0.3, 0.95, 1e-8, 0.1, 0, 1, 1},
+                                                               {0, 0, 0, 0, 0, 0, 0},
+                                                               {0.95, 0.4, 1e-6, 0.1, 1, 1, 0}};
 
 template <class Rule>
 std::vector<char> prepare(double t) {
   std::vector<char> made(kRecipes * sizeof(Rule));
   for (int i = 0; i < kRecipes; ++i) {
-    Rule rule = Rule::prepare(hyper(static_cast<const typename Rule::Hyper*>(nullptr), i), kLr[i], t);
+    Rule rule = Rule::prepare(kHyper<typename Rule::Hyper>[i], kLr[i], t);
     memcpy(made.data() + i * sizeof rule, &rule, sizeof rule);
   }
   return made;
@@ -179,22 +181,23 @@ struct Batch {
 struct Tally {
   const Isa* isa;
   Memory memory;
-  long long compared, nan, different;
+  long long compared, different;
+  uint64_t digest;  // of all numbers written: the same program must give the same digest on every machine
 };
 
-// Two memories: every number that is written, as a number, and all else, gradients and guards, as bytes.
-void compare(const Batch& batch, int step, Memory& expected, Tally& tally) {
-  uint8_t *want = bytes(expected), *got = bytes(tally.memory);
+// What an instruction set left: each number that is written against `expected`, and all else, gradients and guard
+// bytes, against what it was.
+void compare(const Batch& batch, int step, Memory& before, Memory& expected, Tally& tally) {
+  uint8_t *was = bytes(before), *want = bytes(expected), *got = bytes(tally.memory);
   auto report = [&](const char* what, const Span& span, int k, int64_t i) {
     if (++tally.different > 10) return;
-    printf("%s: %s, %s, step %d, %lld numbers, formats", tally.isa->name, what, kRuleFacts[int(batch.rule)].name, step,
-           (long long)span.numel);
+    printf("%s: %s %s: %s part %d of", tally.isa->name, what, kRuleFacts[int(batch.rule)].name, facts(span.format[k]).name, k);
     for (int j = 0; j < batch.parts; ++j) printf(" %s", facts(span.format[j]).name);
-    printf(", recipe %d, part %d", span.recipe, k);
+    printf(", %lld numbers, recipe %d, step %d", (long long)span.numel, span.recipe, step);
     uint64_t a = 0, b = 0;
     size_t width = facts(span.format[k]).size, place = batch.at(span, k) + size_t(i) * width;
     if (i >= 0) memcpy(&a, got + place, width), memcpy(&b, want + place, width);
-    if (i >= 0) printf(", number %lld: 0x%llx, not 0x%llx", (long long)i, (unsigned long long)a, (unsigned long long)b);
+    if (i >= 0) printf(": [%lld] 0x%llx, not 0x%llx", (long long)i, (unsigned long long)a, (unsigned long long)b);
     printf("\n");
   };
   size_t place = 0;
@@ -202,22 +205,47 @@ void compare(const Batch& batch, int step, Memory& expected, Tally& tally) {
     for (int k = 0; k < batch.parts; ++k) {
       if (k == kGrad) continue;
       const FormatFacts& format = facts(span.format[k]);
-      size_t begin = batch.at(span, k), end = begin + size_t(span.numel) * format.size;
-      if (memcmp(want + place, got + place, begin - place) != 0) report("wrote before this part", span, k, -1);
-      place = end;
-      for (int64_t i = 0; i < span.numel; ++i, begin += format.size) {
-        bool nan = format.is_nan(want + begin);
-        tally.nan += nan;
-        if (nan ? !format.is_nan(got + begin) : memcmp(want + begin, got + begin, format.size) != 0)
-          report("difference", span, k, i);
+      size_t begin = batch.at(span, k);
+      if (memcmp(was + place, got + place, begin - place) != 0) report("wrote outside, before", span, k, -1);
+      for (int64_t i = 0; i < span.numel; ++i) {
+        uint64_t a = 0, b = 0;
+        place = begin + size_t(i) * format.size;
+        memcpy(&a, got + place, format.size), memcpy(&b, want + place, format.size);
+        bool nan = format.is_nan(got + place);
+        if (nan ? !format.is_nan(want + place) : a != b) report("differs,", span, k, i);
+        tally.digest = (tally.digest ^ (nan ? ~uint64_t(0) : a)) * 0x100000001b3u;
       }
       tally.compared += span.numel;
+      place = begin + size_t(span.numel) * format.size;
     }
-  if (memcmp(want + place, got + place, size(expected) - place) != 0) report("wrote after this part", batch.spans.back(), batch.parts - 1, -1);
+  const Span& last = batch.spans.back();
+  if (memcmp(was + place, got + place, size(before) - place) != 0) report("wrote outside, after", last, batch.parts - 1, -1);
+}
+
+void compare_batch(const Batch& batch, Random& random, bool flip, std::vector<Tally>& tallies) {
+  Memory start(batch.size / sizeof(Line) + 2);
+  memset(bytes(start), 0xa5, size(start));
+  batch.fill(random, start, kParam, batch.parts);
+  for (Tally& tally : tallies) {
+    tally.memory = start;
+    if (flip && &tally != &tallies[0]) bytes(tally.memory)[batch.at(batch.spans.back(), kParam)] ^= 1;
+  }
+  for (int step = 1; step <= 3; ++step) {
+    batch.fill(random, start, kGrad, kGrad + 1);
+    int64_t cut = random.below(int(batch.first_tile.back()));
+    for (Tally& tally : tallies) {
+      for (const Span& span : batch.spans) {
+        size_t at = batch.at(span, kGrad);
+        memcpy(bytes(tally.memory) + at, bytes(start) + at, size_t(span.numel) * facts(span.format[kGrad]).size);
+      }
+      batch.run(*tally.isa, tally.memory, step, cut);
+      compare(batch, step, start, tallies[0].memory, tally);
+    }
+  }
 }
 
 int compare_all(int argc, char** argv) {
-  int every = 1, failed = 0;
+  int every = 1, number = 0, failed = 0;
   bool flip = false;
   std::vector<const char*> wanted;
   for (int i = 1; i < argc; ++i) {
@@ -228,25 +256,35 @@ int compare_all(int argc, char** argv) {
   }
   std::vector<Tally> tallies;
   for (const Isa& isa : kIsaTable)
-    if (isa.runs_here()) tallies.push_back({&isa, {}, 0, 0, 0});
-  int number = 0;
-  for (int rule = 0; rule < kRules; ++rule) {
+    if (isa.runs_here()) tallies.push_back({&isa, {}, 0, 0, 0xcbf29ce484222325u});
+  for (int rule = 0; rule < kRules; ++rule)
     for (int formats = 0; formats < kFormats * kFormats * kFormats; ++formats) {
+      Random random{uint64_t(number)};
+      FormatId p{uint8_t(formats % kFormats)}, g{uint8_t(formats / kFormats % kFormats)};
       if (number++ % every != 0) continue;
-      Random random(uint64_t(number));
-      Batch batch(RuleId(rule), FormatId(formats % kFormats), FormatId(formats / kFormats % kFormats),
-                  FormatId(formats / kFormats / kFormats), random);
-      Memory start(batch.size / sizeof(Line) + 2);
-      memset(bytes(start), 0xa5, size(start));
-      batch.fill(random, start, 0, batch.parts);
-      for (Tally& tally : tallies) tally.memory = start;
-      if (flip)
-        for (Tally& tally : tallies)
-          if (&tally != &tallies[0]) bytes(tally.memory)[batch.at(batch.spans.back(), kParam)] ^= 1;
-      flip = false;
+      Batch batch(RuleId(rule), p, g, FormatId(formats / kFormats / kFormats), random);
+      compare_batch(batch, random, flip && number == 1, tallies);
     }
+  for (const Tally& tally : tallies) {
+    printf("%s: %lld comparisons, %lld differences, digest %016llx%s\n", tally.isa->name, tally.compared, tally.different,
+           (unsigned long long)tally.digest, &tally == &tallies[0] ? " (what the others are compared with)" : "");
+    failed |= tally.different != 0;
+  }
+  for (const char* name : wanted) {
+    bool ran = false;
+    for (const Tally& tally : tallies) ran |= strcmp(tally.isa->name, name) == 0;
+    if (!ran) printf("%s: does not run here\n", name);
+    failed |= !ran;
   }
   return failed;
 }
 
 }  // namespace
+
+int main(int argc, char** argv) {
+  int status = compare_all(argc, argv);
+  if (getpid() != 1) return status;
+  printf("exit status %d\n", status);  // there is no one to return it to
+  fflush(stdout);
+  reboot(RB_POWER_OFF);
+}

@@ -1,0 +1,251 @@
+// One step of an optimizer: check every tensor, point a span at it, then launch. Included by binding.cpp only.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <string>
+#include <unordered_map>
+
+#include "cpu/isa.h"
+#include "cuda/step.h"
+#include "tensors.h"
+
+namespace adamfused {
+namespace {
+
+#ifdef ADAMFUSED_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+const char* cuda_run(const Job&, void*) { return "built without CUDA"; }
+#endif
+
+struct RuleFacts {
+  const char* name;
+  int states;
+  size_t hyper_count;
+  size_t size[2];                                                            // of Rule<float>, Rule<double>
+  void (*prepare[2])(const double* hyper, double lr, double t, void* rule);  // likewise
+};
+
+template <class Rule>
+void prepare(const double* numbers, double lr, double t, void* rule) {
+  typename Rule::Hyper hyper;
+  std::memcpy(&hyper, numbers, sizeof hyper);
+  Rule made = Rule::prepare(hyper, lr, t);
+  std::memcpy(rule, &made, sizeof made);
+}
+
+#define ADAMFUSED_ROW(R, name)               \
+  {name,                                     \
+   R<float>::states,                         \
+   sizeof(R<float>::Hyper) / sizeof(double), \
+   {sizeof(R<float>), sizeof(R<double>)},    \
+   {prepare<R<float>>, prepare<R<double>>}},
+const RuleFacts kRuleFacts[kRules] = {ADAMFUSED_RULES(ADAMFUSED_ROW)};
+#undef ADAMFUSED_ROW
+
+std::atomic<const Isa*> isa_in_use{nullptr};
+
+const Isa& isa() {
+  const Isa* now = isa_in_use.load();
+  for (int i = kIsas - 1; now == nullptr; --i)
+    if (kIsaTable[i].runs_here()) isa_in_use.store(now = &kIsaTable[i]);
+  return *now;
+}
+
+// OpenMP's threads do not survive a fork, and its next parallel region would wait for them for ever.
+std::atomic<bool> forked{false};
+
+struct Group {
+  int rule;
+  std::array<double, kMaxHyper> hyper{};
+  double lr;
+  c10::optional<at::Tensor> lr_tensor;  // where lr is known only on the device
+};
+
+// Borrowed: the caller keeps them alive until `run` is over. Owning them here would cost the host dear, because a
+// tensor that only Python holds hands its Python object over with every reference taken in C++.
+using Parts = std::array<const at::Tensor*, kSlots>;
+
+class Step {
+ public:
+  // Notes one tensor, or says that it is not for these kernels. Writes nothing.
+  bool add(const Group& group, Parts parts, const at::Tensor& step) {
+    const RuleFacts& facts = kRuleFacts[group.rule];
+    const int count = kState + facts.states;
+    const at::Tensor& p = *parts[kParam];
+    const at::Device device = p.device();
+    Span span{};
+    for (int k = 0; k < count; ++k) {
+      const at::Tensor& t = *parts[k];
+      if (!has_memory(t) || t.device() != device || t.is_complex() != p.is_complex() || t.sizes() != p.sizes() ||
+          !find_format(t.scalar_type(), span.format[k]))
+        return false;
+    }
+    if (!(device.is_cpu() || (device.is_cuda() && kWithCuda)) || !has_memory(step) || step.numel() != 1) return false;
+
+    const bool on_device = !step.is_cpu();
+    Count counted{step.mutable_data_ptr(), step.scalar_type(), 0};
+    if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.read()) return false;
+
+    const int64_t numel = p.numel();
+    const bool dense = p.is_contiguous() || p.is_non_overlapping_and_dense();
+    std::array<bool, kSlots> in_place{};
+    for (int k = 0; k < count; ++k) {
+      const at::Tensor& t = *parts[k];
+      in_place[k] = numel <= 1 || (dense && !t.is_conj() && !t.is_neg() && same_order(t, p));
+      if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
+    }
+    uintptr_t all_bits = 0;
+    for (int k = 0; k < count; ++k) {
+      const at::Tensor* t = parts[k];
+      if (k != kGrad) bumped_.push_back(t->unsafeGetTensorImpl());
+      if (!in_place[k]) t = &move_a_copy(p, dense, *t, /*put_back=*/k != kGrad);
+      span.data[k] = k == kGrad ? const_cast<void*>(t->const_data_ptr()) : t->mutable_data_ptr();
+      all_bits |= reinterpret_cast<uintptr_t>(span.data[k]);
+    }
+    span.aligned = all_bits % 16 == 0;
+    span.numel = numel * (p.is_complex() ? 2 : 1);
+    span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
+    if (!on_device) counted_.push_back(counted);
+    bumped_.push_back(step.unsafeGetTensorImpl());
+
+    Bucket& bucket = bucket_for(device, group.rule, span.format[kParam] == FormatId::F64);
+    span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.next, facts);
+    bucket.spans.push_back(span);
+    return true;
+  }
+
+  // Moves everything. Touches no Python object, so the caller may have let go of the interpreter.
+  void run() {
+    at::NoGradGuard no_grad;
+    for (Bucket& bucket : buckets_) bucket.device.is_cpu() ? run_on_cpu(bucket) : run_on_device(bucket);
+    for (auto& [tensor, copy] : copied_)
+      if (tensor.defined()) tensor.copy_(copy);
+    for (const Count& count : counted_) count.write();
+    for (at::TensorImpl* t : bumped_)
+      if (!t->is_inference()) t->bump_version();
+  }
+
+ private:
+  struct Bucket {
+    at::Device device;
+    int rule;
+    bool in_double;
+    std::vector<Span> spans;
+    std::vector<char> rules;
+    std::vector<Recipe> recipes;
+    const Group* last_group = nullptr;  // the group that the three below speak of
+    double last_t = -1;
+    int32_t last_rule = 0, last_recipe = -1;
+    std::unordered_map<double, int32_t> rule_of_t;
+
+    void enter(const Group& group) {
+      if (last_group == &group) return;
+      last_group = &group, last_t = -1, last_recipe = -1;
+      rule_of_t.clear();
+    }
+    int32_t rule_for(const Group& group, double t, const RuleFacts& facts) {
+      enter(group);
+      if (t == last_t) return last_rule;
+      size_t size = facts.size[in_double];
+      auto [found, is_new] = rule_of_t.try_emplace(t, int32_t(rules.size() / size));
+      if (is_new) {
+        rules.resize(rules.size() + size);
+        double lr = group.lr_tensor ? group.lr_tensor->item<double>() : group.lr;
+        facts.prepare[in_double](group.hyper.data(), lr, t, rules.data() + rules.size() - size);
+      }
+      last_t = t;
+      return last_rule = found->second;
+    }
+    int32_t recipe(const Group& group, at::Device on, std::vector<at::Tensor>& kept) {
+      enter(group);
+      if (last_recipe >= 0) return last_recipe;
+      Recipe made{};
+      std::copy(group.hyper.begin(), group.hyper.end(), made.hyper);
+      made.lr = group.lr;
+      if (group.lr_tensor) {
+        bool is_double = group.lr_tensor->scalar_type() == at::kDouble;
+        kept.push_back(group.lr_tensor->to(on, is_double ? at::kDouble : at::kFloat, /*non_blocking=*/true));
+        made.lr_on_device = kept.back().const_data_ptr();
+        made.lr_is_double = is_double;
+      }
+      recipes.push_back(made);
+      return last_recipe = int32_t(recipes.size() - 1);
+    }
+    Job job() const {
+      return {RuleId(rule),
+              in_double,
+              spans.data(),
+              int64_t(spans.size()),
+              rules.data(),
+              recipes.data(),
+              int64_t(recipes.size()),
+              nullptr};
+    }
+  };
+
+  Bucket& bucket_for(at::Device device, int rule, bool in_double) {
+    for (Bucket& b : buckets_)
+      if (b.device == device && b.rule == rule && b.in_double == in_double) return b;
+    return buckets_.emplace_back(Bucket{device, rule, in_double, {}, {}, {}, nullptr, -1, 0, -1, {}});
+  }
+
+  // What a kernel can work on in place of a tensor whose elements lie in another order than the parameter's.
+  const at::Tensor& move_a_copy(const at::Tensor& p, bool dense, const at::Tensor& t, bool put_back) {
+    at::NoGradGuard no_grad;
+    at::Tensor copy =
+        dense ? at::empty_strided(p.sizes(), p.strides(), t.options()) : at::empty(p.sizes(), t.options());
+    copy.copy_(t);
+    return copied_.emplace_back(put_back ? t : at::Tensor(), copy).second;
+  }
+
+  static void run_on_cpu(Bucket& bucket) {
+    std::vector<int64_t> first_tile(bucket.spans.size() + 1, 0);
+    int64_t numbers = 0;
+    for (size_t s = 0; s < bucket.spans.size(); ++s) {
+      numbers += bucket.spans[s].numel;
+      first_tile[s + 1] = first_tile[s] + (bucket.spans[s].numel + kTile - 1) / kTile;
+    }
+    Job job = bucket.job();
+    job.first_tile = first_tile.data();
+    const int64_t tiles = first_tile.back();
+    const Run run = isa().table[bucket.rule][bucket.in_double];
+    if (tiles == 0) return;
+    // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 64 numbers.
+    const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 64 * tiles));
+    if (forked.load() || share_memory(bucket.spans))
+      run(job, 0, tiles);
+    else
+      at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+  }
+
+  static void run_on_device(Bucket& bucket) {
+    c10::DeviceGuard guard(bucket.device);
+    c10::impl::VirtualGuardImpl device_type(bucket.device.type());
+    void* stream = reinterpret_cast<void*>(device_type.getStream(bucket.device).native_handle());
+    Job job = bucket.job();
+    const int64_t all = job.count, at_once = share_memory(bucket.spans) ? 1 : all;
+    for (int64_t done = 0; done < all; done += at_once, job.spans += at_once) {
+      job.count = at_once;
+      const char* error = cuda_run(job, stream);
+      TORCH_CHECK(error == nullptr, "adamfused: the step on ", bucket.device, " failed: ", error);
+    }
+  }
+
+  std::vector<Bucket> buckets_;
+  std::deque<std::pair<at::Tensor, at::Tensor>> copied_;  // (where it belongs or undefined, the copy that moves)
+  std::vector<Count> counted_;
+  std::vector<at::TensorImpl*> bumped_;
+  std::vector<at::Tensor> kept_;
+};
+
+}  // namespace
+}  // namespace adamfused

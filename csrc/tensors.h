@@ -1,0 +1,132 @@
+// What the kernels need to know of a torch tensor, and whether they may be pointed at it. Included by binding.cpp only.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "job.h"
+
+namespace adamfused {
+namespace {
+
+using namespace host;
+
+bool find_format(at::ScalarType type, FormatId& format) {
+  switch (c10::toRealValueType(type)) {
+#define ADAMFUSED_CASE(F, dtype) \
+  case at::k##dtype:             \
+    format = FormatId::F;        \
+    return true;
+    ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+    default:
+      return false;
+  }
+}
+
+// Memory that a kernel may be pointed at: a plain strided tensor whose storage holds all of it.
+bool has_memory(const at::Tensor& t) {
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (!t.defined() || impl->key_set().has_any(c10::python_ks | c10::DispatchKeySet(c10::DispatchKey::ZeroTensor)) ||
+      impl->layout() != at::kStrided)
+    return false;
+  const int64_t numel = impl->numel();
+  const c10::Storage& storage = impl->unsafe_storage();
+  if (numel == 0 || !storage) return numel == 0;
+  const size_t size = impl->itemsize();
+  const size_t needed = impl->is_contiguous()
+                            ? size_t(impl->storage_offset() + numel) * size
+                            : at::detail::computeStorageNbytes(t.sizes(), t.strides(), size, t.storage_offset());
+  return needed <= storage.nbytes();
+}
+
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// Whether two elements may share memory. Told from strides: each must step over all that the smaller ones reach.
+bool may_overlap(const at::Tensor& t) {
+  if (t.numel() <= 1 || t.is_contiguous()) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;
+  for (auto [stride, size] : dims) {
+    if (stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+// Whether two parameters lie in the same memory, as when one was made from the other's data. They must then move one
+// after the other, in order, as torch moves them; at once they would race.
+bool share_memory(const std::vector<Span>& spans) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  ranges.reserve(spans.size());
+  bool sorted = true;
+  for (const Span& span : spans) {
+    if (span.numel == 0) continue;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(span.data[kParam]);
+    sorted &= ranges.empty() || ranges.back().first <= begin;
+    ranges.emplace_back(begin, begin + size_t(span.numel) * size_of(span.format[kParam]));
+  }
+  if (!sorted) std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i)
+    if (ranges[i].first < ranges[i - 1].second) return true;
+  return false;
+}
+
+// A step count on the host: where it lies, and what it will be after this step.
+struct Count {
+  void* data;
+  at::ScalarType type;
+  double next;
+
+  bool read() {
+    switch (type) {
+      case at::kFloat:
+        next = *static_cast<const float*>(data);
+        break;
+      case at::kDouble:
+        next = *static_cast<const double*>(data);
+        break;
+      case at::kLong:
+        next = double(*static_cast<const int64_t*>(data));
+        break;
+      case at::kInt:
+        next = *static_cast<const int32_t*>(data);
+        break;
+      default:
+        return false;
+    }
+    next += 1;
+    return std::isfinite(next) && next >= 1;
+  }
+  void write() const {
+    switch (type) {
+      case at::kFloat:
+        *static_cast<float*>(data) = float(next);
+        break;
+      case at::kDouble:
+        *static_cast<double*>(data) = next;
+        break;
+      case at::kLong:
+        *static_cast<int64_t*>(data) = int64_t(next);
+        break;
+      default:
+        *static_cast<int32_t*>(data) = int32_t(next);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace adamfused
