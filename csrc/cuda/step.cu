@@ -2,11 +2,9 @@
 #define ADAMFUSED_TARGET cuda
 #include "cuda/step.h"
 
-#include <cuda_runtime.h>
-
-#include <string>
 #include <vector>
 
+#include "cuda/launch.cuh"
 #include "cuda/step.cuh"
 
 namespace adamfused {
@@ -26,14 +24,14 @@ int elements_a_thread(const Job& job, int parts) {
 template <class Rule, class T, int E>
 cudaError_t launch(const Arguments<Rule>& arguments, bool advance, cudaStream_t stream) {
   if (advance) {
-    advance_kernel<Rule><<<(arguments.count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(arguments);
-    if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    const uint32_t blocks = uint32_t(arguments.count + kThreads - 1) / kThreads;
+    const cudaError_t error = start(advance_kernel<Rule>, blocks, kThreads, stream, arguments);
+    if (error != cudaSuccess) return error;
   }
   const uint32_t tiles = arguments.first_tile[arguments.count];
   if (tiles == 0) return cudaSuccess;  // only empty tensors; an empty grid would be an error
   const uint32_t blocks = tiles < 0x7fffffffu ? tiles : 0x7fffffffu;
-  step_kernel<Rule, T, E><<<blocks, kThreads, 0, stream>>>(arguments);
-  return cudaGetLastError();
+  return start(step_kernel<Rule, T, E>, blocks, kThreads, stream, arguments);
 }
 
 template <class Rule, class T, int E>
