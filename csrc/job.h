@@ -57,7 +57,6 @@ struct Job {
   int64_t count;
   const void* rules;  // prepared Rule<T>, one per group and step count
   const Recipe* recipes;
-  int64_t recipe_count;
   const int64_t* first_tile;  // CPU: the place of each span's first tile in the list of all tiles; count + 1 entries
 };
 

@@ -181,14 +181,7 @@ class Step {
       return last_recipe = int32_t(recipes.size() - 1);
     }
     Job job() const {
-      return {RuleId(rule),
-              in_double,
-              spans.data(),
-              int64_t(spans.size()),
-              rules.data(),
-              recipes.data(),
-              int64_t(recipes.size()),
-              nullptr};
+      return {RuleId(rule), in_double, spans.data(), int64_t(spans.size()), rules.data(), recipes.data(), nullptr};
     }
   };
 

@@ -107,10 +107,12 @@ def adam_bounds(
     e_m = average_error(m, g, 1 - beta1, e_g)
     e_v = average_error(v, g**2, 1 - beta2, U * g**2 + 2 * np.abs(g) * e_g)
     step_size = lr / (1 - beta1**t)
-    denominator = np.sqrt(v_new / (1 - beta2**t)) + eps
+    c2 = 1 - beta2**t
+    denominator = np.sqrt(v_new / c2) + eps
     update = np.abs(step_size * m_new / denominator)
     e_p = ulp(p_new) / 2 + 10 * U * update + (3 * U * lr * wd * np.abs(p) if decoupled else 0)
-    e_p += step_size * e_m / denominator + e_v / (2 * v_new) * update
+    e_root = np.sqrt(v_new / c2) - np.sqrt(np.maximum(v_new - e_v, 0) / c2)  # the larger side
+    e_p += (step_size * e_m + update * e_root) / (denominator - e_root)
     return e_p, e_m, e_v
 
 

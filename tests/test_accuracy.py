@@ -244,38 +244,47 @@ def test_the_agreement_check_tells_rules_apart(rule, agrees):
 # ---- 16-bit parameters ---------------------------------------------------------------------------
 
 
-def share_of_exact(make, dtype, **kwargs):
-    """The smallest share, over steps and stored parts, of bits equal to the exact step's, rounded once.
+def rounded_once(make, dtype, **kwargs):
+    """How parameters, and states in 16 bits, compare with the exact step from equal state.
 
-    The size of an element's gradients is its own, and they vary by a normal distribution.
+    Gives the smallest share, over steps and parts, of bits equal to the exact number rounded once to
+    nearest, and the largest error over what a float32 step and that one rounding can do.
+
+    An element's gradients have a size of their own and vary by a normal distribution. The betas are
+    odd because 0.9 m + 0.1 g of short numbers often lies exactly between two: in 1 % of bfloat16's.
     """
     grads = np.random.default_rng(2).standard_normal((20, 16_384)).astype(np.float32)
     grads *= np.abs(gradients(1, 16_384, low=-9 if dtype == torch.bfloat16 else -4, high=1))
-    kwargs |= {"lr": 1e-2, "weight_decay": 0.1}
-    shares = []
+    kwargs |= {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9137, 0.99871)}
+    settings = (1e-2, *kwargs["betas"], 1e-8, 0.1, make is not Adam)
+    shares, errors = [], []
     for t, g, before, after in steps_of(make, kwargs, ADAM_KEYS, grads, dtype):
-        exact = adam64(before[0], g, *before[1:], t, 1e-2, wd=0.1, decoupled=make is not Adam)
-        in_16_bits = 1 if make in (Adam, AdamW) and kwargs["state_dtype"] is None else 3
-        for old, got, wanted in list(zip(before, after, exact, strict=True))[:in_16_bits]:
-            rounded = nearest16(wanted, dtype)
-            shares.append(np.mean(got == rounded))
-            if make in (Adam, AdamW):  # the others are neighbours
-                largest = np.maximum(np.abs(old), np.abs(wanted))
-                assert np.all(np.abs(got - rounded) <= spacing16(largest, dtype))
+        exact, limits = (f(before[0], g, *before[1:], t, *settings) for f in (adam64, adam_bounds))
+        in_16_bits = 1 if kwargs.get("state_dtype", "param") is None else 3
+        for got, wanted, limit in list(zip(after, exact, limits, strict=True))[:in_16_bits]:
+            shares.append(np.mean(got == nearest16(wanted, dtype)))
+            limit = limit + spacing16(wanted, dtype) / 2
+            errors.append(np.max(np.abs(got - wanted) / limit))
         assert np.mean(after[0] != before[0]) > 0.25  # else doing nothing would do
-    return min(shares)
+    return min(shares), max(errors)
 
 
+SHARES = pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 0.999), (torch.float16, 0.995)])
+
+
+@SHARES
 @pytest.mark.parametrize("state_dtype", [None, "param"])
-@pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 0.999), (torch.float16, 0.995)])
 @pytest.mark.parametrize("make", [Adam, AdamW])
-def test_a_16_bit_step_is_the_exact_one_rounded_once(make, dtype, share, state_dtype):
-    assert share_of_exact(make, dtype, state_dtype=state_dtype) >= share
+def test_a_16_bit_step_is_the_exact_one_rounded_once(make, state_dtype, dtype, share):
+    same, error = rounded_once(make, dtype, state_dtype=state_dtype)
+    assert same >= share and error <= 1.0
 
 
-@pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 0.999), (torch.float16, 0.995)])
-def test_the_16_bit_check_notices_a_step_rounded_at_each_operation(dtype, share):
-    assert share_of_exact(torch.optim.AdamW, dtype, foreach=False) < share
+@pytest.mark.filterwarnings("ignore:invalid value")  # torch's weights overflow
+@SHARES
+def test_the_16_bit_check_notices_a_rounding_of_every_operation(dtype, share):
+    same, error = rounded_once(torch.optim.AdamW, dtype, foreach=False, eps=1e-6)
+    assert same < share and not error <= 1.0
 
 
 def mean_decay(make, **kwargs):

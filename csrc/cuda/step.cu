@@ -39,9 +39,11 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   using Args = Arguments<Rule>;
   constexpr int64_t tile_size = int64_t(kThreads) * E * kRounds;
   static_assert(sizeof(Args) <= kArgumentBytes, "kernel arguments are limited");
-  Args arguments;                                         // 32 KB of stack
-  std::vector<int32_t> place(size_t(job.count) + 1, -1);  // Job::rules or recipes -> Arguments::ready
-  std::vector<int32_t> recipe_place(size_t(job.recipe_count) + 1, -1);
+  Args arguments;  // 32 KB of stack
+  int32_t last = 0;
+  for (int64_t i = 0; i < job.count; ++i) last = job.spans[i].recipe > last ? job.spans[i].recipe : last;
+  std::vector<int32_t> place(size_t(last) + 1, -1);  // from Job::rules to Arguments::ready
+  std::vector<int32_t> recipe_place(place);          // from Job::recipes
   std::vector<int32_t> used, recipe_used;
   int ready = 0;
   bool advance = false;
@@ -138,7 +140,7 @@ const char* cuda_self_test() {
     for (int k = 0; k < 4; ++k) span.data[k] = static_cast<float*>(memory) + k * n, span.format[k] = FormatId::F32;
     span.aligned = true;
     span.numel = n;
-    Job job{RuleId::Adam, false, &span, 1, &rule, nullptr, 0, nullptr};
+    Job job{RuleId::Adam, false, &span, 1, &rule, nullptr, nullptr};
     error = cuda::run_rule<cuda::Adam>(job, nullptr);
   }
   if (error == cudaSuccess) error = cudaMemcpy(back, memory, sizeof back, cudaMemcpyDeviceToHost);
