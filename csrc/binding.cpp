@@ -74,11 +74,7 @@ class Gatherer {
     if (object == nullptr || !THPVariable_Check(object)) return nullptr;
     Py_INCREF(object);
     held_.push_back(object);
-    const at::Tensor& t = THPVariable_Unpack(object);
-    // Whoever reads the tensor next would wait for the memory; many tensors' lines can be under way at once.
-    const char* lines = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
-    for (size_t at = 0; at < sizeof(at::TensorImpl); at += 64) __builtin_prefetch(lines + at);
-    return &t;
+    return &THPVariable_Unpack(object);
   }
 
   const py::dict& state_;

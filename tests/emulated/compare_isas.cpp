@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/reboot.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include <vector>
@@ -45,7 +46,8 @@ class Random {  // splitmix64
   uint64_t state_;
 };
 
-// ---- what depends on the rule or the format, as tables ----------------------------------------------------------------
+// ---- what depends on the rule or the format, as tables
+// ----------------------------------------------------------------
 
 // Each reaches what another does not: both kinds of decay, maximize, averages told from their far end, eps = 0.
 constexpr int kRecipes = 5;
@@ -53,8 +55,11 @@ constexpr double kLr[kRecipes] = {1e-3, 1e-2, 0.3, 1.0, 1e-4};
 template <class Hyper>
 constexpr Hyper kHyper[kRecipes] = {};
 template <>
-constexpr host::RMSpropHyper kHyper<host::RMSpropHyper>[kRecipes] = {
-    {0.99, 1e-8, 0, 0.9, 0}, {0.9, 1e-6, 0.01, 0, 1}, {0.3, 1e-8, 0, 0.3, 0}, {0, 0, 0, 0.5, 0}, {0.999, 1e-8, 0.1, 0.99, 0}};
+constexpr host::RMSpropHyper kHyper<host::RMSpropHyper>[kRecipes] = {{0.99, 1e-8, 0, 0.9, 0},
+                                                                     {0.9, 1e-6, 0.01, 0, 1},
+                                                                     {0.3, 1e-8, 0, 0.3, 0},
+                                                                     {0, 0, 0, 0.5, 0},
+                                                                     {0.999, 1e-8, 0.1, 0.99, 0}};
 template <>
 constexpr host::AdamHyper kHyper<host::AdamHyper>[kRecipes] = {{0.9, 0.999, 1e-8, 0, 0, 0, 1},
                                                                {0.9, 0.999, 1e-8, 0.01, 1, 0, 1},
@@ -105,7 +110,8 @@ const FormatFacts kFormatFacts[kFormats] = {ADAMFUSED_FORMATS(ROW)};
 #undef ROW
 const FormatFacts& facts(FormatId f) { return kFormatFacts[int(f)]; }
 
-// ---- the tensors of one job -------------------------------------------------------------------------------------------
+// ---- the tensors of one job
+// -------------------------------------------------------------------------------------------
 
 struct alignas(64) Line {
   uint8_t bytes[64];
@@ -115,17 +121,36 @@ uint8_t* bytes(Memory& memory) { return memory[0].bytes; }
 size_t size(const Memory& memory) { return memory.size() * sizeof(Line); }
 
 void draw(Random& random, bool is_state, const FormatFacts& format, uint8_t* to) {
-  static const double special[] = {0, -0.0, 1, 0x1p-149, 0x1.8p-130, 0x1p-1074, 0x1p-24, 0x1p-25, 65504, 65520, HUGE_VAL, NAN};
+  static const double special[] = {0,       -0.0,    1,     0x1p-149, 0x1.8p-130, 0x1p-1074,
+                                   0x1p-24, 0x1p-25, 65504, 65520,    HUGE_VAL,   NAN};
   uint64_t raw = random.bits();
   double x;
   switch (random.below(32)) {
-    case 0: memcpy(to, &raw, format.size); return;  // anything at all
-    case 1: x = special[raw % (sizeof special / sizeof *special)]; break;
-    case 2: x = random.number(-24, 16, ~uint64_t(0) << 45, uint64_t(1) << 44); break;  // half way in BF16
-    case 3: x = random.number(-24, 16, ~uint64_t(0) << 42, uint64_t(1) << 41); break;  // in F16
-    case 4: x = random.number(-24, 16, ~uint64_t(0) << 29, uint64_t(1) << 28); break;  // in F32
-    case 5: case 6: case 7: case 8: case 9: case 10: x = random.number(-100, 100); break;
-    default: x = random.number(-12, 4);
+    case 0:
+      memcpy(to, &raw, format.size);
+      return;  // anything at all
+    case 1:
+      x = special[raw % (sizeof special / sizeof *special)];
+      break;
+    case 2:
+      x = random.number(-24, 16, ~uint64_t(0) << 45, uint64_t(1) << 44);
+      break;  // half way in BF16
+    case 3:
+      x = random.number(-24, 16, ~uint64_t(0) << 42, uint64_t(1) << 41);
+      break;  // in F16
+    case 4:
+      x = random.number(-24, 16, ~uint64_t(0) << 29, uint64_t(1) << 28);
+      break;  // in F32
+    case 5:
+    case 6:
+    case 7:
+    case 8:
+    case 9:
+    case 10:
+      x = random.number(-100, 100);
+      break;
+    default:
+      x = random.number(-12, 4);
   }
   if (is_state && random.below(32) != 0) x = fabs(x);  // a negative second moment is soon NaN
   format.put(to, x);
@@ -145,9 +170,11 @@ struct Batch {
     for (int n : {1023, 1024, 1025, 2049, 5000}) add(n, p, g, state, random);
   }
   void add(int64_t n, FormatId p, FormatId g, FormatId state, Random& random) {
-    Span span{{}, {p, g, state, state, state}, false, random.below(kRecipes), n, nullptr};
+    Span span{};
+    span.numel = n, span.recipe = random.below(kRecipes);
+    span.format[kParam] = p, span.format[kGrad] = g;
+    for (int k = kState; k < parts; ++k) span.format[k] = random.below(4) ? state : FormatId(random.below(kFormats));
     for (int k = 0; k < parts; ++k) {
-      if (k >= kState && random.below(4) == 0) span.format[k] = FormatId(random.below(kFormats));
       size_t width = facts(span.format[k]).size;
       size += 64;  // guard bytes, more of them where the next part is aligned to a cache line
       size = (size + 63) / 64 * 64 + (random.below(4) ? random.below(int(64 / width)) * width : 0);
@@ -172,7 +199,10 @@ struct Batch {
     for (Span& span : placed)
       for (int k = 0; k < parts; ++k) span.data[k] = bytes(memory) + at(span, k);
     std::vector<char> rules = kRuleFacts[int(rule)].prepare[in_double](t);
-    Job job{rule, in_double, placed.data(), int64_t(placed.size()), rules.data(), nullptr, 0, first_tile.data()};
+    Job job{};
+    job.rule = rule, job.in_double = in_double;
+    job.spans = placed.data(), job.count = int64_t(placed.size());
+    job.rules = rules.data(), job.first_tile = first_tile.data();
     isa.table[int(rule)][in_double](job, 0, cut);
     isa.table[int(rule)][in_double](job, cut, first_tile.back());
   }
@@ -191,7 +221,8 @@ void compare(const Batch& batch, int step, Memory& before, Memory& expected, Tal
   uint8_t *was = bytes(before), *want = bytes(expected), *got = bytes(tally.memory);
   auto report = [&](const char* what, const Span& span, int k, int64_t i) {
     if (++tally.different > 10) return;
-    printf("%s: %s %s: %s part %d of", tally.isa->name, what, kRuleFacts[int(batch.rule)].name, facts(span.format[k]).name, k);
+    printf("%s: %s %s: %s part %d of", tally.isa->name, what, kRuleFacts[int(batch.rule)].name,
+           facts(span.format[k]).name, k);
     for (int j = 0; j < batch.parts; ++j) printf(" %s", facts(span.format[j]).name);
     printf(", %lld numbers, recipe %d, step %d", (long long)span.numel, span.recipe, step);
     uint64_t a = 0, b = 0;
@@ -219,7 +250,8 @@ void compare(const Batch& batch, int step, Memory& before, Memory& expected, Tal
       place = begin + size_t(span.numel) * format.size;
     }
   const Span& last = batch.spans.back();
-  if (memcmp(was + place, got + place, size(before) - place) != 0) report("wrote outside, after", last, batch.parts - 1, -1);
+  if (memcmp(was + place, got + place, size(before) - place) != 0)
+    report("wrote outside, after", last, batch.parts - 1, -1);
 }
 
 void compare_batch(const Batch& batch, Random& random, bool flip, std::vector<Tally>& tallies) {
@@ -249,10 +281,14 @@ int compare_all(int argc, char** argv) {
   bool flip = false;
   std::vector<const char*> wanted;
   for (int i = 1; i < argc; ++i) {
-    if (strcmp(argv[i], "--break") == 0) flip = true;
-    else if (strcmp(argv[i], "--every") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) every = atoi(argv[++i]);
-    else if (argv[i][0] != '-') wanted.push_back(argv[i]);
-    else return fprintf(stderr, "usage: compare_isas [--every N] [--break] [ISA...]\n"), 2;
+    if (strcmp(argv[i], "--break") == 0)
+      flip = true;
+    else if (strcmp(argv[i], "--every") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0)
+      every = atoi(argv[++i]);
+    else if (argv[i][0] != '-')
+      wanted.push_back(argv[i]);
+    else
+      return fprintf(stderr, "usage: compare_isas [--every N] [--break] [ISA...]\n"), 2;
   }
   std::vector<Tally> tallies;
   for (const Isa& isa : kIsaTable)
@@ -266,8 +302,9 @@ int compare_all(int argc, char** argv) {
       compare_batch(batch, random, flip && number == 1, tallies);
     }
   for (const Tally& tally : tallies) {
-    printf("%s: %lld comparisons, %lld differences, digest %016llx%s\n", tally.isa->name, tally.compared, tally.different,
-           (unsigned long long)tally.digest, &tally == &tallies[0] ? " (what the others are compared with)" : "");
+    printf("%s: %lld comparisons, %lld differences, digest %016llx%s\n", tally.isa->name, tally.compared,
+           tally.different, (unsigned long long)tally.digest,
+           &tally == &tallies[0] ? " (what the others are compared with)" : "");
     failed |= tally.different != 0;
   }
   for (const char* name : wanted) {
@@ -285,6 +322,6 @@ int main(int argc, char** argv) {
   int status = compare_all(argc, argv);
   if (getpid() != 1) return status;
   printf("exit status %d\n", status);  // there is no one to return it to
-  fflush(stdout);
+  fflush(stdout), tcdrain(1);
   reboot(RB_POWER_OFF);
 }
