@@ -5,7 +5,6 @@ Each names the parameter, what it got, what was expected and what to do. They ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,13 @@ from torch import Tensor
 from .formats import FORMATS
 
 _DTYPES = "float32, float64, bfloat16 or float16, or a complex dtype made of one of these"
+
+
+_COUNTS = (
+    torch.float32,
+    torch.float64,
+    torch.int64,
+)  # what a step count may be; bfloat16 would stand still at 256
 
 
 def is_supported(dtype: torch.dtype) -> bool:
@@ -115,16 +121,17 @@ def step_problem(
         return (
             f"state 'step' is {got}; expected a tensor with one number; load a checkpoint that fits"
         )
+    if count.dtype not in _COUNTS:
+        return f"state 'step' has dtype {count.dtype}; expected float32, float64 or int64; load a checkpoint that fits"
     if count.device.type != "cpu" and count.device != param.device:
         return f"state 'step' is on {count.device}; expected cpu or the parameter's {param.device}; move it there"
     if count.device.type == "cpu" and not count_is_valid(count):
-        return f"state 'step' is {count.item()}; expected a finite number of at least 0; load a checkpoint that fits"
+        return f"state 'step' is {count.item()}; expected a number from 0 to 2^53; load a checkpoint that fits"
     return None
 
 
 def count_is_valid(count: Tensor | float) -> bool:
-    value = float(count)
-    return math.isfinite(value) and value >= 0
+    return 0 <= float(count) < 2**53  # the whole numbers that a double holds; false for NaN, too
 
 
 def load_problem(
@@ -157,12 +164,15 @@ def load_problem(
             return problem
     count = state["step"]
     if isinstance(count, Tensor):
-        if count.numel() != 1 or count.is_complex() or count.device.type == "meta":
-            return f"'step' in the checkpoint has shape {tuple(count.shape)}, dtype {count.dtype}; expected one number"
-    elif not isinstance(count, (int, float)):
+        if count.numel() != 1 or count.dtype not in _COUNTS or count.device.type == "meta":
+            return (
+                f"'step' in the checkpoint has shape {tuple(count.shape)} and dtype {count.dtype} on {count.device}; "
+                "expected one number, float32, float64 or int64"
+            )
+    elif not isinstance(count, (int, float)) or isinstance(count, bool):
         return f"'step' in the checkpoint is a {type(count).__name__}; expected one number"
     if not count_is_valid(count):
-        return f"'step' in the checkpoint is {float(count)}; expected a finite number of at least 0"
+        return f"'step' in the checkpoint is {float(count)}; expected a number from 0 to 2^53"
     return None
 
 

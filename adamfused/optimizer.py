@@ -130,11 +130,11 @@ class FusedOptimizer(Optimizer):
                         entry[key] = value.to(device=p.device)
                 count = saved.get("step", entry["step"])
                 if not isinstance(count, Tensor):
-                    count = torch.tensor(float(count), dtype=torch.float32)
+                    count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
                 if "_loading" in self.__dict__:
                     device = p.device if group["capturable"] else torch.device("cpu")
                     dtype = torch.float32 if group["capturable"] else count.dtype
-                    count = count.to(device=device, dtype=dtype)
+                    count = count.to(device=device, dtype=dtype, copy=True)  # may be shared by all
                 entry["step"] = count
 
     @torch._disable_dynamo

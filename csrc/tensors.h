@@ -102,14 +102,13 @@ struct Count {
       case at::kLong:
         next = double(*static_cast<const int64_t*>(data));
         break;
-      case at::kInt:
-        next = *static_cast<const int32_t*>(data);
-        break;
       default:
         return false;
     }
+    if (!(next >= 0 && next < 0x1p53)) return false;  // NaN, too
     next += 1;
-    return std::isfinite(next) && next >= 1;
+    if (type == at::kFloat) next = float(next);  // at 2^24 a float32 count stands still, as in torch
+    return true;
   }
   void write() const {
     switch (type) {
@@ -119,11 +118,8 @@ struct Count {
       case at::kDouble:
         *static_cast<double*>(data) = next;
         break;
-      case at::kLong:
-        *static_cast<int64_t*>(data) = int64_t(next);
-        break;
       default:
-        *static_cast<int32_t*>(data) = int32_t(next);
+        *static_cast<int64_t*>(data) = int64_t(next);
     }
   }
 };
