@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 CHOICES = ("auto", "native", "reference")
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps adamfused"
+REBUILD = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps adamfused"
 
 _C: ModuleType | None = None
 NATIVE_ERROR: str | None = None

@@ -36,12 +36,8 @@ def step(
         count: the steps made so far, one number.
     """
     count += 1
-    if param.is_complex():
-        param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
-        states = [torch.view_as_real(s) for s in states]
-    arithmetic = torch.float64 if param.dtype == torch.float64 else torch.float32
+    arithmetic = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
     move = RULES[rule](hyper, lr, float(count), round_to(arithmetic))
-    written = (param, *states)
     numbers = [formats.get(x, arithmetic) for x in (param, grad, *states)]
-    for x, rest in zip(move(*numbers), written, strict=True):
+    for x, rest in zip(move(*numbers), (param, *states), strict=True):
         formats.put(x, rest)

@@ -17,13 +17,17 @@
 #include "tensors.h"
 
 namespace adamfused {
+
+#ifndef ADAMFUSED_WITH_CUDA
+const char* cuda_run(const Job&, void*) { return "built without CUDA"; }
+#endif
+
 namespace {
 
 #ifdef ADAMFUSED_WITH_CUDA
 constexpr bool kWithCuda = true;
 #else
 constexpr bool kWithCuda = false;
-const char* cuda_run(const Job&, void*) { return "built without CUDA"; }
 #endif
 
 struct RuleFacts {
@@ -100,7 +104,7 @@ class Step {
     std::array<bool, kSlots> in_place{};
     for (int k = 0; k < count; ++k) {
       const at::Tensor& t = *parts[k];
-      in_place[k] = numel <= 1 || (dense && !t.is_conj() && !t.is_neg() && same_order(t, p));
+      in_place[k] = !t.is_conj() && !t.is_neg() && (numel <= 1 || (dense && same_order(t, p)));
       if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
     }
     uintptr_t all_bits = 0;

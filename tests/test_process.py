@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits, digest, tensors_of, threads, wild
+from helpers import assert_same_bits, tensors_of, threads, wild
 from torch.optim import Optimizer
 
 from adamfused import AdamW, RMSprop, backend
@@ -41,7 +42,11 @@ def build(sizes: list[int], seed: int = 0, path: str = "native", **options: Any)
 
 
 def result(optimizer: Optimizer) -> str:
-    return digest(t for _, t in tensors_of(optimizer))
+    """A hash of all bits, by numpy: torch's own operations hang in a forked child."""
+    whole = hashlib.sha256()
+    for _, t in tensors_of(optimizer):
+        whole.update(t.detach().numpy().tobytes())
+    return whole.hexdigest()
 
 
 def expected(sizes: list[int], steps: int, seed: int = 0) -> str:
@@ -136,16 +141,16 @@ def in_threads(acts: list[Callable[[], Any]]) -> None:
     assert not failures, failures
 
 
-SIZES = [[LARGE // 4, 5, 70_000], [3] * 300, [1025, 0, 40_000], [LARGE // 8]]
+SIZES = [[LARGE // 8, 5, 70_000], [3] * 100, [1025, 0, 40_000]]
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_optimizers_stepped_at_once(n_threads) -> None:
     with threads(n_threads):
         optimizers = [build(sizes, seed) for seed, sizes in enumerate(SIZES)]
-        in_threads([lambda o=o: stepped(o, 10) for o in optimizers])
+        in_threads([lambda o=o: stepped(o, 5) for o in optimizers])
     for seed, (o, sizes) in enumerate(zip(optimizers, SIZES, strict=True)):
-        assert result(o) == expected(sizes, 10, seed)
+        assert result(o) == expected(sizes, 5, seed)
 
 
 def test_optimizers_of_one_model_stepped_at_once_share_no_bits() -> None:
@@ -157,7 +162,8 @@ def test_optimizers_of_one_model_stepped_at_once_share_no_bits() -> None:
         for cut in cuts:
             p = torch.nn.Parameter(whole[cut])
             p.grad = whole[cut].cos()
-            acts.append(lambda o=RMSprop([p], momentum=0.9, backend=path): stepped(o, 20))
+            optimizer = RMSprop([p], momentum=0.9, backend=path)
+            acts.append(lambda o=optimizer: stepped(o, 20))
         in_threads(acts) if path == "native" else [act() for act in acts]
     assert_same_bits(*flat)
 

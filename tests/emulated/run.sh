@@ -100,7 +100,7 @@ END
 
 # Bochs wants a terminal. Debian's begins in its debugger, which is told to continue.
 bochs="bochs -q -f bochsrc"
-if bochs --help 2>&1 | grep -q -e '-rc filename'; then
+if [[ $(bochs --help 2>&1) == *"-rc filename"* ]]; then
   echo continue > go
   bochs+=" -rc go"
 fi

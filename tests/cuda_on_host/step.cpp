@@ -1,0 +1,57 @@
+// csrc/cuda/step.cu as a library for tests/test_cuda_on_host.py. -DONLY=RULE leaves the other rules out, which compiles
+// sooner.
+#define __CUDACC__  // as nvcc does before the first line of a .cu
+#include "cuda_runtime.h"
+#define ADAMFUSED_TARGET cuda
+#include "job.h"
+#ifdef ONLY
+#undef ADAMFUSED_RULES
+#define ADAMFUSED_RULES(RULE) RULE(ONLY, "")
+#endif
+#include "cuda/step.cu"
+
+using namespace adamfused;
+
+template <class Rule>
+void about(int64_t* facts, const double* numbers, double lr, double t, void* rule) {
+  int64_t* fact = facts;
+  for (size_t x : {size_t(Rule::states), sizeof(typename Rule::Hyper) / sizeof(double), sizeof(Rule),
+                   size_t(cuda::Arguments<Rule>::entries)})
+    *fact++ = int64_t(x);
+  if (rule == nullptr) return;
+  typename Rule::Hyper hyper;
+  memcpy(&hyper, numbers, sizeof hyper);
+  const Rule made = Rule::prepare(hyper, lr, t);
+  memcpy(rule, &made, sizeof made);
+}
+
+extern "C" {
+
+cuda_on_host::Settings* host_settings() { return &cuda_on_host::settings; }
+
+const char* host_run(const Job* job) { return cuda_run(*job, nullptr); }
+
+const char* host_self_test() { return cuda_self_test(); }
+
+// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch. Makes one where `rule` says.
+void host_rule(RuleId which, bool in_double, int64_t* facts, const double* hyper, double lr, double t, void* rule) {
+  switch (which) {
+#define CASE(R, ...) \
+  case RuleId::R:    \
+    return (in_double ? about<cuda::R<double>> : about<cuda::R<float>>)(facts, hyper, lr, t, rule);
+    ADAMFUSED_RULES(CASE)
+    default:
+      abort();
+  }
+}
+
+// How the structs of job.h lie, which the tests mirror, and the numbers that say where the seams are.
+void host_facts(int64_t* fact) {
+  for (size_t x : {sizeof(Span), offsetof(Span, format), offsetof(Span, aligned), offsetof(Span, recipe),
+                   offsetof(Span, numel), offsetof(Span, step), sizeof(Recipe), offsetof(Recipe, lr),
+                   offsetof(Recipe, lr_on_device), offsetof(Recipe, lr_is_double), sizeof(Job),
+                   offsetof(Job, in_double), offsetof(Job, spans), offsetof(Job, count), offsetof(Job, rules),
+                   offsetof(Job, recipes), size_t(cuda::kThreads), size_t(cuda::kRounds), size_t(cuda::kTable)})
+    *fact++ = int64_t(x);
+}
+}
