@@ -244,7 +244,7 @@ T __shfl_down_sync(uint32_t mask, T x, unsigned by) {
 }
 
 // -fsanitize=alignment asks before every access and calls this if the address is wrong.
-extern "C" inline void __ubsan_handle_type_mismatch_v1(void* site, uintptr_t address) {
+extern "C" __attribute__((used)) void __ubsan_handle_type_mismatch_v1(void* site, uintptr_t address) {
   struct Place {
     const char* file;
     uint32_t line, column;

@@ -25,6 +25,7 @@ void about(int64_t* facts, const double* numbers, double lr, double t, void* rul
   memcpy(rule, &made, sizeof made);
 }
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 cuda_on_host::Settings* host_settings() { return &cuda_on_host::settings; }

@@ -80,8 +80,8 @@ label compare
   kernel /vmlinuz
   append initrd=/initrd.gz console=ttyS0 quiet clearcpuid=xsavec,xsaves mitigations=off tsc=reliable panic=-1 -- avx512 $*
 END
-xorriso -report_about WARNING -as mkisofs -o boot.iso -b isolinux/isolinux.bin -c isolinux/boot.cat -no-emul-boot \
-  -boot-load-size 4 -boot-info-table cd
+xorriso -as mkisofs -quiet -o boot.iso -b isolinux/isolinux.bin -c isolinux/boot.cat -no-emul-boot \
+  -boot-load-size 4 -boot-info-table cd 2> xorriso.txt || { cat xorriso.txt >&2; exit 1; }
 cat > bochsrc <<END
 config_interface: textconfig
 display_library: term
@@ -110,8 +110,8 @@ TERM=vt100 timeout "${TIMEOUT:-3600}" script -qec "$bochs" /dev/null < /dev/null
 said=$(tr -d '\r' < serial.txt | grep -v '^\[') || true
 status=$(sed -n 's/^exit status //p' <<< "$said")
 if [ -z "$status" ]; then
-  echo "Bochs ended without a result; the ends of serial.txt and bochs.txt in $BUILD:" >&2
-  tail -n 20 serial.txt bochs.txt >&2
+  echo "Bochs ended without a result; the ends of what it left in $BUILD:" >&2
+  tail -n 20 serial.txt bochs.txt terminal.txt >&2
   exit 1
 fi
 printf '%s\n(%d s)\n' "$said" $((SECONDS - begin))
