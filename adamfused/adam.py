@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .optimizer import FusedOptimizer, Plan, StateDtype, as_number
+from .optimizer import FusedOptimizer, Plan, StateDtype, as_number, check_lr
 
 
 class Adam(FusedOptimizer):
@@ -89,22 +90,11 @@ class Adam(FusedOptimizer):
         state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= lr:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0.0 <= eps:
-            raise ValueError(f"Invalid epsilon value: {eps}")
-        for i, beta in enumerate(betas):
-            if isinstance(beta, Tensor) and beta.numel() != 1:
-                raise ValueError(f"Tensor betas[{i}] must be 1-element")
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= weight_decay:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         defaults = {
             "lr": lr,
-            "betas": (as_number(betas[0]), as_number(betas[1])),
+            "betas": tuple(
+                as_number(b) if isinstance(b, Tensor) and b.numel() == 1 else b for b in betas
+            ),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -122,6 +112,19 @@ class Adam(FusedOptimizer):
             state_dtype=(state_dtype, None),
             bias_correction=(bias_correction, True),
         )
+
+    @staticmethod
+    def _check_group(group: Mapping[str, Any]) -> None:
+        check_lr(group["lr"])
+        if not 0.0 <= group["eps"]:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        for i, beta in enumerate(group["betas"]):
+            if isinstance(beta, Tensor) and beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        if not 0.0 <= group["weight_decay"]:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         beta1, beta2 = group["betas"]

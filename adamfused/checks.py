@@ -48,8 +48,39 @@ def _has_memory(t: Tensor) -> bool:
     return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 
+_STANDS_FOR_ANOTHER = (
+    "Python",
+    "ZeroTensor",
+    "Functionalize",
+    "FuncTorchBatched",
+    "FuncTorchGradWrapper",
+)
+
+
+def stands_for_another(t: Tensor) -> bool:
+    """Whether ``t`` is a subclass with operations of its own, or a wrapper that torch.func makes."""
+    keys = torch._C._dispatch_keys(t)
+    return any(keys.has(getattr(torch._C.DispatchKey, name)) for name in _STANDS_FOR_ANOTHER)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in the same memory, in part or whole, told from where they begin and end."""
+
+    def ends(t: Tensor) -> tuple[int, int]:
+        reach = sum(st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True))
+        return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+
+    (a_begin, a_end), (b_begin, b_end) = ends(a), ends(b)
+    return a.numel() > 0 and b.numel() > 0 and a_begin < b_end and b_begin < a_end
+
+
 def _memory_problem(t: Tensor, what: str) -> str | None:
     """Why no kernel can read ``t``, if so."""
+    if stands_for_another(t):
+        if type(t) in (Tensor, torch.nn.Parameter):
+            return f"{what} is a wrapper made by torch.func; expected a plain tensor or a DTensor; step outside of it"
+        kind = type(t).__name__
+        return f"{what} is a {kind}, a tensor with operations of its own; expected a plain tensor or a DTensor"
     if t.device.type == "meta":
         return f"{what} is on the meta device, which has no memory; materialise it first, as with Module.to_empty()"
     if t.layout is not torch.strided:
@@ -85,11 +116,15 @@ def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
             f"some of its elements may share memory (shape {tuple(param.shape)}, strides {param.stride()}), so an "
             "update in place has no meaning; expected each element in its own place; make the parameter from a clone()"
         )
-    if grad.layout is not torch.strided:
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode and cannot be written outside of it; make the parameter from a clone()"
+    if grad.layout is not torch.strided and not stands_for_another(grad):
         return (
             f"its gradient is sparse (layout {grad.layout}); expected a dense one; use torch.optim.SparseAdam, or "
             "sparse=False in the embedding that makes it"
         )
+    if stands_for_another(grad):
+        return _memory_problem(grad, "its gradient")
     return _part_problem(
         param, grad, "its gradient", "backward() gives such a gradient"
     ) or _memory_problem(grad, "its gradient")
@@ -111,6 +146,14 @@ def step_problem(
             t, f"state '{key}'"
         ):
             return problem
+        if t.is_inference() and not torch.is_inference_mode_enabled():
+            return f"state '{key}' was made in inference mode and cannot be written outside of it; clone() it"
+        for other in ("it", *keys[: keys.index(key)]):
+            if _same_memory(t, param if other == "it" else state[other]):
+                name = "the parameter" if other == "it" else f"state '{other}'"
+                return (
+                    f"state '{key}' lies in the same memory as {name}; expected its own; clone() it"
+                )
         if may_overlap(t):
             return f"elements of state '{key}' may share memory (strides {t.stride()}); expected its own; {remedy}"
     count = state.get("step")
@@ -160,7 +203,9 @@ def load_problem(
                 f"'{key}' in the checkpoint has dtype {t.dtype}, which does not go with the parameter's {param.dtype}; "
                 "it was saved for another model"
             )
-        if problem := _memory_problem(t, f"'{key}' in the checkpoint"):
+        if not stands_for_another(t) and (
+            problem := _memory_problem(t, f"'{key}' in the checkpoint")
+        ):
             return problem
     count = state["step"]
     if isinstance(count, Tensor):

@@ -4,7 +4,7 @@ its hyper-parameters and the names of its states (see :mod:`adamfused.adam`)."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,6 +50,13 @@ def as_number(x: float | Tensor) -> float:
     return float(x.item()) if isinstance(x, Tensor) else float(x)
 
 
+def check_lr(lr: float | Tensor) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+
+
 def _local(t: Any) -> Any:
     """What a DTensor holds on this rank; anything else as it is."""
     tensors = sys.modules.get("torch.distributed.tensor")
@@ -72,6 +79,7 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         """``extras`` are group keys that torch's optimizer does not have, by name: (value, its default). One that
         has its default stays out of the groups, so that checkpoints are those of torch."""
+        self._check_group(defaults)
         if defaults["differentiable"]:
             raise ValueError(
                 f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
@@ -86,6 +94,11 @@ class FusedOptimizer(Optimizer):
         # After super().__init__, which copies all of self.defaults into the groups: a checkpoint must not carry the
         # backend, but a pickled or deep-copied optimizer keeps `defaults` and nothing else.
         self.defaults["backend"] = backend_choice
+
+    @staticmethod
+    def _check_group(group: Mapping[str, Any]) -> None:
+        """Raises ValueError, in torch.optim's words, if a number in a group is out of range."""
+        raise NotImplementedError
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         raise NotImplementedError
@@ -111,6 +124,7 @@ class FusedOptimizer(Optimizer):
                         f"{first[id(t)]} once more; expected each parameter once; remove one of them"
                     )
             check_state_dtype(param_group.get("state_dtype"))
+            self._check_group(self.defaults | param_group)
         super().add_param_group(param_group)
         self.param_groups[-1].pop("backend", None)
 
@@ -160,7 +174,11 @@ class FusedOptimizer(Optimizer):
             return  # torch's own message follows
         self._loading: dict[Tensor, dict[str, Any]] = {}
         saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
-        plans = [self._plan(self._group_defaults | self.defaults | dict(g)) for g in saved_groups]
+        groups = [self._group_defaults | self.defaults | dict(group) for group in saved_groups]
+        for group in groups:
+            self._check_group(group)
+            check_state_dtype(group.get("state_dtype"))
+        plans = [self._plan(group) for group in groups]
         for (j, i, p), saved_id in zip(self._each(), saved_ids, strict=True):
             entry = state_dict["state"].get(saved_id)
             if entry:
@@ -213,38 +231,46 @@ class FusedOptimizer(Optimizer):
         choice = backend.choose(self.defaults["backend"])
         native = backend.native() if choice != "reference" else None
         plans = [self._plan(group) for group in self.param_groups]
-        fresh: list[Tensor] = []
 
         def init(j: int, i: int) -> None:
             p = self.param_groups[j]["params"][i]
             self._check(j, i, plans[j].keys, only_tensors=True)
             self.state[p] = self._new_state(p, self.param_groups[j], plans[j].keys)
-            fresh.append(p)
 
         def judge(j: int, i: int) -> list[Tensor] | None:
             return self._judge(j, i, plans[j].keys, choice)
 
-        try:
-            if native is not None:
-                rows = [
-                    self._row(native, g, plan)
-                    for g, plan in zip(self.param_groups, plans, strict=True)
-                ]
-                left = native.step(self.state, rows, init, judge)
-            else:
-                left = [(j, i) for j, i, p in self._each() if p.grad is not None]
-                for j, i in left:
-                    if not self.state.get(self.param_groups[j]["params"][i]):
-                        init(j, i)
-                    self._check(j, i, plans[j].keys)
-        except BaseException:
-            for p in fresh:
-                self.state.pop(p, None)
-            raise
+        if native is not None:
+            groups = zip(self.param_groups, plans, strict=True)
+            rows = [self._row(native, group, plan) for group, plan in groups]
+            left = native.step(self.state, rows, init, judge)
+        else:
+            left = self._ready_for_reference(plans, init)
         for j, i in left:
             p, g, *states, count = self._tensors(j, i, plans[j].keys)
             lr = as_number(self.param_groups[j]["lr"])
             reference.step(plans[j].rule, plans[j].hyper, lr, p, g, states, count)
+
+    def _ready_for_reference(
+        self, plans: Sequence[Plan], init: Callable[[int, int], None]
+    ) -> list[tuple[int, int]]:
+        """Makes states and checks everything, as the native step does. Returns the places of what is to move."""
+        places = [(j, i) for j, i, p in self._each() if p.grad is not None]
+        before: dict[Tensor, Any] = {}
+        try:
+            for j, i in places:
+                p = self.param_groups[j]["params"][i]
+                if not self.state.get(p):
+                    before[p] = dict.get(self.state, p)
+                    init(j, i)
+                self._check(j, i, plans[j].keys)
+        except BaseException:
+            for p, entry in before.items():
+                self.state.pop(p, None)
+                if entry is not None:
+                    self.state[p] = entry
+            raise
+        return places
 
     def _traced_step(self) -> None:
         for group in self.param_groups:
@@ -328,12 +354,6 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"{self._place(j, i)}: it is a {type(p).__name__}; expected a tensor"
             )
-        for t in (p, p.grad):
-            if _local(t) is t and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python):
-                raise RuntimeError(
-                    f"{self._place(j, i)}: {'it' if t is p else 'its gradient'} is a {type(t).__name__}, a tensor with "
-                    "operations of its own; expected a plain tensor or a DTensor"
-                )
         state = {} if only_tensors else self.state[p]
         state = {key: _local(value) for key, value in state.items()}
         if only_tensors:

@@ -35,9 +35,10 @@ def step(
         states: as many tensors of the parameter's shape as the rule has states.
         count: the steps made so far, one number.
     """
-    count += 1
+    after = count + 1
     arithmetic = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
-    move = RULES[rule](hyper, lr, float(count), round_to(arithmetic))
+    move = RULES[rule](hyper, lr, float(after), round_to(arithmetic))
     numbers = [formats.get(x, arithmetic) for x in (param, grad, *states)]
     for x, rest in zip(move(*numbers), (param, *states), strict=True):
         formats.put(x, rest)
+    count.copy_(after)

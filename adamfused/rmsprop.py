@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .optimizer import FusedOptimizer, Plan, StateDtype, as_number
+from .optimizer import FusedOptimizer, Plan, StateDtype, as_number, check_lr
 
 
 class RMSprop(FusedOptimizer):
@@ -82,18 +83,6 @@ class RMSprop(FusedOptimizer):
         state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= lr:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0.0 <= eps:
-            raise ValueError(f"Invalid epsilon value: {eps}")
-        if not 0.0 <= momentum:
-            raise ValueError(f"Invalid momentum value: {momentum}")
-        if not 0.0 <= weight_decay:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        if not 0.0 <= alpha:
-            raise ValueError(f"Invalid alpha value: {alpha}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -107,6 +96,18 @@ class RMSprop(FusedOptimizer):
             "differentiable": differentiable,
         }
         super().__init__(params, defaults, backend_choice=backend, state_dtype=(state_dtype, None))
+
+    @staticmethod
+    def _check_group(group: Mapping[str, Any]) -> None:
+        check_lr(group["lr"])
+        if not 0.0 <= group["eps"]:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        if not 0.0 <= group["momentum"]:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if not 0.0 <= group["weight_decay"]:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        if not 0.0 <= group["alpha"]:
+            raise ValueError(f"Invalid alpha value: {group['alpha']}")
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         hyper = [

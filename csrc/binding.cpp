@@ -25,8 +25,16 @@ class Gatherer {
  public:
   Gatherer(const py::dict& state, const py::function& init) : state_(state), init_(init) {}
   ~Gatherer() {
+    for (const auto& [param, before] : fresh_) {  // of a step that was refused
+      const int failed =
+          before ? PyDict_SetItem(state_.ptr(), param.ptr(), before.ptr()) : PyDict_DelItem(state_.ptr(), param.ptr());
+      if (failed) PyErr_Clear();
+    }
     for (PyObject* object : held_) Py_DECREF(object);
   }
+
+  // The step is made: the states that `init` made stay.
+  void keep() { fresh_.clear(); }
 
   std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys) {
     std::vector<Found> all;
@@ -41,6 +49,7 @@ class Gatherer {
         found.parts[kGrad] = &grads_.emplace_back(grad);
         PyObject* entry = entry_of(object);
         if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
+          fresh_.emplace_back(py::reinterpret_borrow<py::object>(object), py::reinterpret_borrow<py::object>(entry));
           init_(j, i);
           entry = entry_of(object);
         }
@@ -81,7 +90,8 @@ class Gatherer {
   const py::function& init_;
   py::str step_key_ = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("step"));
   std::vector<PyObject*> held_;
-  std::deque<at::Tensor> grads_;  // a parameter may lose its gradient while the kernels run
+  std::vector<std::pair<py::object, py::object>> fresh_;  // a parameter whose state `init` makes, its entry before
+  std::deque<at::Tensor> grads_;                          // a parameter may lose its gradient while the kernels run
 };
 
 // groups: (rule, hyper, lr, lr tensor or None, state keys, params). For the i-th parameter of the j-th group,
@@ -124,6 +134,7 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     py::gil_scoped_release others_may_run;
     work.run();
   }
+  gatherer.keep();
   return left;
 }
 
@@ -154,8 +165,14 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
   work.run();
 }
 
-void step_fake(at::TensorList, at::TensorList, at::TensorList, at::TensorList, c10::string_view, at::ArrayRef<double>,
-               double, const c10::optional<at::Tensor>&) {}
+void step_fake(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList, c10::string_view,
+               at::ArrayRef<double>, double, const c10::optional<at::Tensor>&) {
+  for (at::TensorList list : {params, grads, states})
+    for (const at::Tensor& t : list)
+      TORCH_CHECK(t.is_meta(),
+                  "adamfused::step_: some tensors are on the meta device, which has no memory, and some are on ",
+                  t.device());
+}
 
 void set_isa(const std::string& name) {
   std::string here;

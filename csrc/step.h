@@ -95,10 +95,6 @@ class Step {
     }
     if (!(device.is_cpu() || (device.is_cuda() && kWithCuda)) || !has_memory(step) || step.numel() != 1) return false;
 
-    const bool on_device = !step.is_cpu();
-    Count counted{step.mutable_data_ptr(), step.scalar_type(), 0};
-    if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.read()) return false;
-
     const int64_t numel = p.numel();
     const bool dense = p.is_contiguous() || p.is_non_overlapping_and_dense();
     std::array<bool, kSlots> in_place{};
@@ -106,7 +102,20 @@ class Step {
       const at::Tensor& t = *parts[k];
       in_place[k] = !t.is_conj() && !t.is_neg() && (numel <= 1 || (dense && same_order(t, p)));
       if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
+      if (k != kGrad && t.is_inference() && !c10::InferenceMode::is_enabled()) return false;
     }
+    for (int k = 1; k < count; ++k)
+      for (int j = 0; j < k; ++j)
+        if (in_place[j] && in_place[k] && same_memory(*parts[j], *parts[k])) {
+          if (j != kGrad && k != kGrad) return false;
+          in_place[kGrad] = false;  // it is read while the other is written
+        }
+
+    const bool on_device = !step.is_cpu();
+    Count counted{step.mutable_data_ptr(), step.scalar_type(), 0, 0};
+    if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.advance()) return false;
+    if (!on_device) counted_.push_back(counted);
+
     uintptr_t all_bits = 0;
     for (int k = 0; k < count; ++k) {
       const at::Tensor* t = parts[k];
@@ -118,11 +127,10 @@ class Step {
     span.aligned = all_bits % 16 == 0;
     span.numel = numel * (p.is_complex() ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
-    if (!on_device) counted_.push_back(counted);
     bumped_.push_back(step.unsafeGetTensorImpl());
 
     Bucket& bucket = bucket_for(device, group.rule, span.format[kParam] == FormatId::F64);
-    span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.next, facts);
+    span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.after, facts);
     bucket.spans.push_back(span);
     return true;
   }
@@ -133,9 +141,13 @@ class Step {
     for (Bucket& bucket : buckets_) bucket.device.is_cpu() ? run_on_cpu(bucket) : run_on_device(bucket);
     for (auto& [tensor, copy] : copied_)
       if (tensor.defined()) tensor.copy_(copy);
-    for (const Count& count : counted_) count.write();
     for (at::TensorImpl* t : bumped_)
       if (!t->is_inference()) t->bump_version();
+    counted_.clear();
+  }
+
+  ~Step() {
+    for (auto count = counted_.rbegin(); count != counted_.rend(); ++count) count->write(count->before);
   }
 
  private:

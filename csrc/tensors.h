@@ -29,12 +29,15 @@ bool find_format(at::ScalarType type, FormatId& format) {
   }
 }
 
+// A tensor with such a key stands for another, or for none, and has no memory of its own to point at.
+constexpr c10::DispatchKeySet kStandsForAnother =
+    c10::python_ks | c10::DispatchKeySet({c10::DispatchKey::ZeroTensor, c10::DispatchKey::Functionalize,
+                                          c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+
 // Memory that a kernel may be pointed at: a plain strided tensor whose storage holds all of it.
 bool has_memory(const at::Tensor& t) {
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  if (!t.defined() || impl->key_set().has_any(c10::python_ks | c10::DispatchKeySet(c10::DispatchKey::ZeroTensor)) ||
-      impl->layout() != at::kStrided)
-    return false;
+  if (!t.defined() || impl->key_set().has_any(kStandsForAnother) || impl->layout() != at::kStrided) return false;
   const int64_t numel = impl->numel();
   const c10::Storage& storage = impl->unsafe_storage();
   if (numel == 0 || !storage) return numel == 0;
@@ -50,6 +53,13 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   return true;
+}
+
+// Whether two dense tensors lie in the same memory, in part or whole.
+bool same_memory(const at::Tensor& a, const at::Tensor& b) {
+  const char *from = static_cast<const char*>(a.const_data_ptr()),
+             *other = static_cast<const char*>(b.const_data_ptr());
+  return from < other + b.nbytes() && other < from + a.nbytes();
 }
 
 // Whether two elements may share memory. Told from strides: each must step over all that the smaller ones reach.
@@ -85,41 +95,43 @@ bool share_memory(const std::vector<Span>& spans) {
   return false;
 }
 
-// A step count on the host: where it lies, and what it will be after this step.
+// A step count on the host. It is advanced when it is read, so that one that several parameters share counts each of
+// them, as in torch; and put back if the step is refused.
 struct Count {
   void* data;
   at::ScalarType type;
-  double next;
+  double before, after;
 
-  bool read() {
+  bool advance() {
     switch (type) {
       case at::kFloat:
-        next = *static_cast<const float*>(data);
+        before = *static_cast<const float*>(data);
         break;
       case at::kDouble:
-        next = *static_cast<const double*>(data);
+        before = *static_cast<const double*>(data);
         break;
       case at::kLong:
-        next = double(*static_cast<const int64_t*>(data));
+        before = double(*static_cast<const int64_t*>(data));
         break;
       default:
         return false;
     }
-    if (!(next >= 0 && next < 0x1p53)) return false;  // NaN, too
-    next += 1;
-    if (type == at::kFloat) next = float(next);  // at 2^24 a float32 count stands still, as in torch
+    if (!(before >= 0 && before < 0x1p53)) return false;  // NaN, too
+    after = before + 1;
+    if (type == at::kFloat) after = float(after);  // at 2^24 a float32 count stands still, as in torch
+    write(after);
     return true;
   }
-  void write() const {
+  void write(double count) const {
     switch (type) {
       case at::kFloat:
-        *static_cast<float*>(data) = float(next);
+        *static_cast<float*>(data) = float(count);
         break;
       case at::kDouble:
-        *static_cast<double*>(data) = next;
+        *static_cast<double*>(data) = count;
         break;
       default:
-        *static_cast<int64_t*>(data) = int64_t(next);
+        *static_cast<int64_t*>(data) = int64_t(count);
     }
   }
 };

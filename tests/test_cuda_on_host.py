@@ -10,6 +10,8 @@ To look for accesses outside of the tensors and for undefined behaviour (guard b
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import functools
 import itertools
 import mmap
 import os
@@ -46,8 +48,8 @@ FLAGS = [
 MORE_FLAGS = shlex.split(os.environ.get("CUDA_ON_HOST_FLAGS", ""))
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-UP, DOWN, MIXED = range(3)
-WHOLE_GRID = 2**32 - 1
+PAGE = mmap.PAGESIZE
+MAP_NORESERVE = 0x4000  # of Linux; in mmap since Python 3.11
 
 
 # ---- the library ---------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ MIRRORED[Job] = ("in_double", "spans", "count", "rules", "recipes")
 
 
 def build(folder: Path, name: str, *flags: str, source: str = "step.cpp") -> Path:
-    """Compiles a file of ``tests/cuda_on_host`` to a shared library. What ``folder`` has goes before ``csrc``."""
+    """Compiles a file of ``tests/cuda_on_host`` to a shared library. Kernels in ``folder`` go before the project's."""
     obj, library = folder / f"{name}.o", folder / f"{name}.so"
     include = [f"-I{folder}", f"-I{HERE}", f"-I{CSRC}"]
     compiling = [*CXX, *FLAGS, *flags, *MORE_FLAGS, *include, "-c", str(HERE / source), "-o"]
@@ -119,13 +121,16 @@ class Library:
         self.settings = self.c.host_settings().contents
 
     @contextmanager
-    def set(self, thread_order: int = UP, block_order: int = UP, **more: int) -> Iterator[None]:
-        usual = {"largest_grid": WHOLE_GRID, "first_block": 0}
-        for some in ({"thread_order": thread_order, "block_order": block_order, **more}, None):
-            for key, value in (some or usual | {"thread_order": UP, "block_order": UP}).items():
+    def set(self, **settings: int) -> Iterator[None]:
+        """Runs its body with other settings of the stand-in."""
+        before = {key: getattr(self.settings, key) for key in settings}
+        try:
+            for key, value in settings.items():
                 setattr(self.settings, key, value)
-            if some is not None:
-                yield
+            yield
+        finally:
+            for key, value in before.items():
+                setattr(self.settings, key, value)
 
 
 class Kernels(Library):
@@ -137,19 +142,31 @@ class Kernels(Library):
         self.c.host_facts(facts)
         self.layout, (self.threads, self.rounds, self.table) = list(facts[:16]), facts[16:]
 
-    def rule(self, name: str, in_double: bool) -> tuple[int, int, int, int]:
-        """Of a rule: its states, its numbers, its size and how many tensors a launch takes."""
-        facts = (c_int64 * 4)()
-        self.c.host_rule(list(rules.RULES).index(name), in_double, facts, None, c_double(), c_double(), None)
+    def rule(
+        self,
+        name: str,
+        in_double: bool,
+        hyper: Any = (),
+        lr: float = 0,
+        t: float = 0,
+        to: Any = None,
+    ) -> Any:
+        """Of a rule: its states, its numbers, its size and how many tensors a launch takes. Makes one in ``to``."""
+        facts, number = (c_int64 * 4)(), list(rules.RULES).index(name)
+        self.c.host_rule(
+            number, in_double, facts, (c_double * 8)(*hyper), c_double(lr), c_double(t), to
+        )
         return tuple(facts)
+
+    def entries(self, name: str, in_double: bool) -> int:
+        return self.rule(name, in_double)[3]
+
+    def run(self, job: Job) -> str | None:
+        error = self.c.host_run(ctypes.byref(job))
+        return error and error.decode()
 
     def tile(self, each: int) -> int:
         return self.threads * each * self.rounds
-
-    def launches(self, case: Case) -> int:
-        before = self.settings.launches
-        assert case.problems(self) == []
-        return self.settings.launches - before
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +187,13 @@ class Item(NamedTuple):
     numel: int
     dtypes: tuple[torch.dtype, ...]  # of the parameter, the gradient and the states
     shifts: tuple[int, ...] = (0, 0, 0, 0, 0)  # elements past a multiple of 16 bytes
-    count: float = 0.0  # steps made before
+    count: int = 0  # steps made before
     on_device: bool = False  # the count
     group: int = 0
 
 
 STATES = {"rmsprop": "v", "rmsprop_momentum": "v buf", "rmsprop_centered": "v mean"}
 STATES |= {"rmsprop_centered_momentum": "v buf mean", "adam": "m v", "amsgrad": "m v top"}
-# Of each rule three groups. Where the count is on the device, so may the learning rate be.
 RMSPROP = [
     Group((0.99, 1e-8, 0.0, 0.9, 0.0), 1e-2),
     Group((0.3, 1e-6, 0.1, 0.2, 1.0), 0.1, F32),
@@ -189,64 +205,77 @@ ADAM = [
     Group((0.9, 0.99, 0.0, 0.1, 1.0, 0.0, 0.0), 1e-2, F64),
 ]
 GROUPS = {name: ADAM if name in ("adam", "amsgrad") else RMSPROP for name in STATES}
-GUARD = 64  # bytes between two tensors
+Place = tuple[int, int, torch.dtype]
 
 
 class Case:
-    """All tensors lie in one piece of memory, which exists twice: the kernels move one, the oracle the other."""
+    """All tensors lie in one piece of memory, which exists twice: the kernels move one, the oracle the other.
 
-    def __init__(self, rule: str, items: Sequence[Item], steps: int = 1, specials: float = 0.02):
-        self.rule, self.items, self.steps, self.groups = rule, items, steps, GROUPS[rule]
+    Between two tensors lie 64 bytes, or a page that cannot be read; then a tensor either ends where that page begins
+    (``pages="before"``) or begins where one ends (``"after"``).
+    """
+
+    def __init__(self, rule: str, items: Sequence[Item], steps: int = 1, pages: str = "") -> None:
+        self.rule, self.items, self.steps, self.pages = rule, items, steps, pages
+        self.groups, self.names = GROUPS[rule], ["p", "g", *STATES[rule].split()]
         self.in_double = items[0].dtypes[0] is F64
-        self.parts = 2 + len(STATES[rule].split())
-        self.size = GUARD
+        self.size = PAGE
         self.places = [
-            [self.place(i.numel, i.dtypes[k], i.shifts[k]) for k in range(self.parts)]
+            [self.place(i.numel, i.dtypes[k], i.shifts[k]) for k in range(len(self.names))]
             for i in items
         ]
         self.counts = [self.place(1, F32) if i.on_device else None for i in items]
         self.rates = [self.place(1, g.lr_dtype) if g.lr_dtype else None for g in self.groups]
-        self.start = aligned_bytes(self.size)
+        self.size = -(-self.size // PAGE) * PAGE
+
         rng = np.random.default_rng(0)
+        self.start = self.memory()
         self.start[:] = torch.from_numpy(rng.integers(0, 256, self.size, np.uint8))
         for item, places, count in zip(items, self.places, self.counts, strict=True):
-            for k, (name, place) in enumerate(zip(["p", "g", *STATES[rule].split()], places, strict=True)):
-                x = wild(rng, item.numel, item.dtypes[k], specials)
+            for name, place in zip(self.names, places, strict=True):
+                x = wild(rng, item.numel, place[2], specials=0.02)
                 self.at(self.start, place).copy_(x.abs() if name in ("v", "top") else x)
             if count:
                 self.at(self.start, count).fill_(item.count)
         for group, rate in zip(self.groups, self.rates, strict=True):
             if rate:
                 self.at(self.start, rate).fill_(group.lr)
-        self.expected: Tensor | None = None
+        self.expected = self.moved_by_the_oracle()
 
-    def place(self, numel: int, dtype: torch.dtype, shift: int = 0) -> tuple[int, int, torch.dtype]:
-        begin = (self.size + 15) // 16 * 16 + shift * dtype.itemsize
-        self.size = begin + numel * dtype.itemsize + GUARD
-        return begin, begin + numel * dtype.itemsize, dtype
+    def place(self, numel: int, dtype: torch.dtype, shift: int = 0) -> Place:
+        length = numel * dtype.itemsize
+        if self.pages:
+            begin, room = -(-self.size // PAGE) * PAGE + PAGE, -(-length // PAGE) * PAGE
+            self.size = begin + room
+            begin += room - length if self.pages == "before" else 0
+        else:
+            begin = -(-self.size // 16) * 16 + shift * dtype.itemsize
+            self.size = begin + length + 64
+        return begin, begin + length, dtype
+
+    def memory(self) -> Tensor:
+        return torch.from_numpy(np.frombuffer(mmap.mmap(-1, self.size + PAGE), np.uint8))[
+            : self.size
+        ]
 
     @staticmethod
-    def at(memory: Tensor, place: tuple[int, int, torch.dtype]) -> Tensor:
+    def at(memory: Tensor, place: Place) -> Tensor:
         begin, end, dtype = place
         return memory[begin:end].view(dtype)
 
-    def oracle(self) -> Tensor:
-        if self.expected is None:
-            memory = aligned_bytes(self.size).copy_(self.start)
-            for item, places, count in zip(self.items, self.places, self.counts, strict=True):
-                p, g, *states = (self.at(memory, place) for place in places)
-                group = self.groups[item.group]
-                rate = self.rates[item.group] if item.on_device else None
-                lr = float(self.at(memory, rate)) if rate else group.lr
-                steps = self.at(memory, count) if count else torch.tensor([item.count], dtype=F64)
-                for _ in range(self.steps):
-                    reference.step(self.rule, group.hyper, lr, p, g, states, steps)
-            self.expected = memory
-        return self.expected
+    def moved_by_the_oracle(self) -> Tensor:
+        memory = self.memory().copy_(self.start)
+        for item, places, count in zip(self.items, self.places, self.counts, strict=True):
+            p, g, *states = (self.at(memory, place) for place in places)
+            group, rate = self.groups[item.group], self.rates[item.group]
+            lr = float(self.at(memory, rate)) if rate and count else group.lr
+            made = self.at(memory, count) if count else torch.tensor([item.count])
+            for _ in range(self.steps):
+                reference.step(self.rule, group.hyper, lr, p, g, states, made)
+        return memory
 
-    def run(self, kernels: Kernels, memory: Tensor) -> str | None:
-        """Steps once: null, or what the launch says."""
-        number = list(rules.RULES).index(self.rule)
+    def step(self, kernels: Kernels, memory: Tensor, t: int) -> str | None:
+        """The t-th step by the kernels: what the launch says."""
         base, (_, _, size, _) = memory.data_ptr(), kernels.rule(self.rule, self.in_double)
         spans, recipes = (Span * len(self.items))(), (Recipe * len(self.groups))()
         for recipe, group, rate in zip(recipes, self.groups, self.rates, strict=True):
@@ -254,58 +283,128 @@ class Case:
             recipe.lr = 1e30 if rate else group.lr
             recipe.lr_on_device = base + rate[0] if rate else None
             recipe.lr_is_double = group.lr_dtype is F64
-        made: dict[tuple[int, float], int] = {}
-        for i, (span, item, count) in enumerate(zip(spans, self.items, self.counts, strict=True)):
-            for k, (begin, _, dtype) in enumerate(self.places[i]):
+        on_host: dict[tuple[int, int], int] = {}  # (group, count): index of the prepared rule
+        for span, item, places, count in zip(
+            spans, self.items, self.places, self.counts, strict=True
+        ):
+            for k, (begin, _, dtype) in enumerate(places):
                 span.data[k] = base + begin
                 span.format[k] = formats.FORMATS.index(dtype)
-            span.aligned = all(begin % 16 == 0 for begin, _, _ in self.places[i])
+            span.aligned = all(begin % 16 == 0 for begin, _, _ in places)
             span.numel = item.numel
             span.step = base + count[0] if count else None
-            key = (item.group, item.count + self.steps_made + 1)
-            span.recipe = item.group if count else made.setdefault(key, len(made))
-        prepared = ctypes.create_string_buffer(max(1, size * len(made)))
-        for (j, t), place in made.items():
-            hyper, facts = (c_double * 8)(*self.groups[j].hyper), (c_int64 * 4)()
-            to = ctypes.byref(prepared, size * place)
-            lr = c_double(self.groups[j].lr)
-            kernels.c.host_rule(number, self.in_double, facts, hyper, lr, c_double(t), to)
-        job = Job(number, self.in_double, spans, len(spans), ctypes.addressof(prepared), recipes)
-        error = kernels.c.host_run(ctypes.byref(job))
-        return error and error.decode()
+            rule = (item.group, item.count + t)
+            span.recipe = item.group if count else on_host.setdefault(rule, len(on_host))
+        prepared = ctypes.create_string_buffer(size * len(on_host) + 1)
+        for (group, count), i in on_host.items():
+            hyper, lr, _ = self.groups[group]
+            kernels.rule(
+                self.rule, self.in_double, hyper, lr, count, ctypes.byref(prepared, size * i)
+            )
+        number = list(rules.RULES).index(self.rule)
+        return kernels.run(
+            Job(number, self.in_double, spans, len(spans), ctypes.addressof(prepared), recipes)
+        )
 
     def problems(self, kernels: Kernels) -> list[str]:
         """In what the kernels' memory differs from the oracle's: nothing, if all is well."""
-        want, got = self.oracle(), aligned_bytes(self.size).copy_(self.start)
-        for self.steps_made in range(self.steps):
-            if error := self.run(kernels, got):
-                return [f"the launch failed: {error}"]
+        got = self.memory().copy_(self.start)
+        with self.closed(got):
+            for t in range(1, self.steps + 1):
+                if error := self.step(kernels, got, t):
+                    return [f"the launch failed: {error}"]
         found, outside = [], torch.ones(self.size, dtype=torch.bool)
-        for i, (places, count) in enumerate(zip(self.places, self.counts, strict=True)):
-            for k, place in enumerate([*places, *([count] if count else [])]):
-                what = f"part {k}" if k < self.parts else "the count"
-                if n := differing(self.at(got, place), self.at(want, place)):
-                    found.append(f"{n} in {what} of tensor {i}, {self.items[i]}")
+        for item, places, count in zip(self.items, self.places, self.counts, strict=True):
+            whats = [*self.names, "the count"]
+            for what, place in zip(whats, [*places, count or (0, 0, F32)], strict=True):
                 outside[place[0] : place[1]] = False
-        if touched := int(((got != want) & outside).sum()):
-            found.append(f"{touched} bytes outside of the tensors have changed")
+                if wrong := differing(self.at(got, place), self.at(self.expected, place)):
+                    found.append(f"{wrong} wrong in {what} of {item}")
+        if wrong := int(((got != self.expected) & outside).sum()):
+            found.append(f"{wrong} bytes have changed that belong to no tensor")
         return found
 
+    @contextmanager
+    def closed(self, memory: Tensor) -> Iterator[None]:
+        """The pages between the tensors cannot be touched."""
+        places = sorted(p for p in itertools.chain(*self.places, self.counts, self.rates) if p)
+        ends = [0, *(-(-end // PAGE) * PAGE for _, end, _ in places)] if self.pages else []
+        begins = [*(begin // PAGE * PAGE for begin, _, _ in places), self.size]
+        for protection in (0, mmap.PROT_READ | mmap.PROT_WRITE):
+            for begin, end in zip(ends, begins, strict=False):
+                address = c_void_p(memory.data_ptr() + begin)
+                assert (
+                    ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(end - begin), protection)
+                    == 0
+                )
+            if protection == 0:
+                yield
 
-def aligned_bytes(size: int) -> Tensor:
-    memory = torch.empty(size + 64, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % 64 :][:size]
-    assert memory.data_ptr() % 64 == 0
-    return torch.from_numpy(memory.numpy())  # with no offset into a storage that would be rounded
+
+# ---- cases -------------------------------------------------------------------------------------------
+
+# By the elements that a thread takes at once: the dtypes of tensors that share a launch.
+KINDS = {
+    2: [(F64, F64, F64, F64, F64), (F64, BF16, F32, F64, F16)],
+    4: [(F32, F32, F32, F32, F32), (F32, F64, F32, F64, F32)],
+    8: [
+        (BF16, BF16, F32, F32, F32),
+        (F16, F16, F16, F16, F16),
+        (F32, F32, BF16, F32, F64),
+        (F32,) * 5,
+    ],
+}
+COUNTS = {"host": (False,), "device": (True,), "mixed": (True, False, False, True, True)}
 
 
-# ---- tests -----------------------------------------------------------------------------------------
+@functools.cache
+def seams(rule: str, each: int, tile: int, counts: str, pages: str = "") -> Case:
+    """Every size at which something changes, with all parts aligned, none, or all but one."""
+    sizes = [0, 1, each - 1, each, each + 1, tile - 1, tile, tile + 1, 2 * tile + each + 1]
+    shifts = [(0,) * 5, (1,) * 5, (0, 1, 0, 0, 0), (0, 0, 0, 1, 0)]
+    on_device = itertools.cycle(COUNTS[counts])
+    several = [
+        (n, dtypes, s)
+        for n in sizes
+        for dtypes in KINDS[each][:2]
+        for s in shifts[: 1 if pages else 4]
+    ]
+    several += [(100_003, KINDS[each][-1], s) for s in shifts[:2] if not pages]
+    items = [Item(*one, i % 3, next(on_device), i % 3) for i, one in enumerate(several)]
+    return Case(rule, items, pages=pages)
 
+
+@functools.cache
+def many(rule: str, each: int, entries: int, counts: str, steps: int = 1) -> Case:
+    """Small tensors for three launches; some are empty: the first, the last and those about a launch's limit."""
+    n = 2 * entries + 37
+    sizes, on_device = (
+        itertools.cycle([1, each - 1, 0, each + 1, 53]),
+        itertools.cycle(COUNTS[counts]),
+    )
+    empty = {0, 1, entries - 1, entries, 2 * entries - 1, 2 * entries, 2 * entries + 1, n - 1}
+    dtypes = KINDS[each]
+    items = [
+        Item(
+            next(sizes) * (i not in empty),
+            dtypes[i % len(dtypes)],
+            (i % 3 == 1,) * 5,
+            i % 4,
+            next(on_device),
+            i % 3,
+        )
+        for i in range(n)
+    ]
+    return Case(rule, items, steps)
+
+
+# ---- tests -------------------------------------------------------------------------------------------
 
 EVERY_RULE = pytest.mark.parametrize("rule", STATES)
-# By the elements that a thread takes at once: the dtype of the parameter, and the others.
-KINDS = {2: (F64, (F64, BF16, F16, F32)), 4: (F32, (F32, F64)), 8: (BF16, (F16, BF16, F32, F64))}
 EVERY_KIND = pytest.mark.parametrize("each", KINDS, ids="E={}".format)
+EVERY_COUNT = pytest.mark.parametrize("counts", COUNTS)
+ORDERS = {"up": 0, "down": 1, "mixed": 2}
+FEW_BLOCKS = 4  # enough for advance_kernel, which does not go round
 
 
 def test_the_structs_are_those_of_the_header(kernels: Kernels) -> None:
@@ -313,19 +412,415 @@ def test_the_structs_are_those_of_the_header(kernels: Kernels) -> None:
     for struct, names in MIRRORED.items():
         here += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name in names)]
     assert here == kernels.layout
-    assert kernels.table == 64
     for name, states in STATES.items():
-        facts = kernels.rule(name, False)
-        assert facts[:2] == (len(states.split()), len(GROUPS[name][0].hyper))
+        known = (len(states.split()), len(GROUPS[name][0].hyper))
+        assert kernels.rule(name, False)[:2] == known == kernels.rule(name, True)[:2]
+
+
+def test_most_results_are_numbers(kernels: Kernels) -> None:
+    """Else the tests would compare NaN with NaN."""
+    for rule in STATES:
+        case = seams(rule, 4, kernels.tile(4), "host")
+        everything = torch.cat(
+            [case.at(case.expected, p).double() for p in itertools.chain(*case.places)]
+        )
+        assert 0.9 < everything.isfinite().double().mean() < 1
 
 
 @EVERY_RULE
 @EVERY_KIND
 def test_every_format_in_every_slot(kernels: Kernels, rule: str, each: int) -> None:
-    """All of a job's tensors share the width that its narrowest format asks for."""
     params = {2: (F64,), 4: (F32,), 8: (F32, BF16, F16)}[each]
-    others = [F32, F64] if each == 4 else formats.FORMATS
+    others = (
+        (F32, F64) if each == 4 else formats.FORMATS
+    )  # one 16-bit tensor would make it 8 for all
     several = itertools.product(params, *[others] * (1 + len(STATES[rule].split())))
-    sizes, shifts = itertools.cycle([each + 1, 3 * each, 3 * each - 1, 37]), itertools.cycle([0, 0, 0, 1])
-    items = [Item(next(sizes), dtypes, (next(shifts),) * 5, i % 5, group=i % 3) for i, dtypes in enumerate(several)]
+    sizes, shifts = (each + 1, 3 * each, 3 * each - 1, 37), ((0,) * 5, (0,) * 5, (1,) * 5)
+    items = [
+        Item(sizes[i % 4], dtypes, shifts[i % 3], i % 5, group=i % 3)
+        for i, dtypes in enumerate(several)
+    ]
     assert Case(rule, items).problems(kernels) == []
+
+
+@EVERY_RULE
+@EVERY_KIND
+@EVERY_COUNT
+def test_sizes_at_every_seam(kernels: Kernels, rule: str, each: int, counts: str) -> None:
+    assert seams(rule, each, kernels.tile(each), counts).problems(kernels) == []
+
+
+@EVERY_RULE
+@EVERY_KIND
+@EVERY_COUNT
+def test_more_tensors_than_a_launch_takes(
+    kernels: Kernels, rule: str, each: int, counts: str
+) -> None:
+    assert many(rule, each, kernels.entries(rule, each == 2), counts).problems(kernels) == []
+
+
+def test_counts_on_the_device_move_on_by_one_a_step(kernels: Kernels) -> None:
+    case = many("adam", 4, kernels.entries("adam", False), "mixed", steps=3)
+    assert case.problems(kernels) == []
+    counted = [(i, c) for i, c in zip(case.items, case.counts, strict=True) if c]
+    assert {i.numel == 0 for i, _ in counted} == {True, False}
+    assert all(case.at(case.expected, c).item() == i.count + 3 for i, c in counted)
+
+
+@pytest.mark.parametrize("each", [2, 8], ids="E={}".format)
+@pytest.mark.parametrize("different", [63, 64, 65, 200])
+def test_more_step_counts_than_a_launch_takes(kernels: Kernels, different: int, each: int) -> None:
+    """They come again in later launches, and among them are tensors whose counts are on the device."""
+    assert kernels.table == 64
+    items = [
+        Item(
+            each + i % 3,
+            KINDS[each][i % 2],
+            count=i % different,
+            on_device=i % 11 == 5,
+            group=i % 3 * (i % 7 == 0),
+        )
+        for i in range(3 * different)
+    ]
+    assert Case("adam", items).problems(kernels) == []
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_1000_tensors_take_few_launches(kernels: Kernels, on_device: bool) -> None:
+    dtypes = (BF16, BF16, F32, F32, F32)
+    for rule in STATES:
+        case = Case(rule, [Item(5, dtypes, on_device=on_device) for _ in range(1000)])
+        before = kernels.settings.launches
+        assert case.problems(kernels) == []
+        launches = kernels.settings.launches - before
+        assert launches <= (4 if not on_device else 8), rule  # half of the 8 move the counts
+
+
+def test_empty_tensors_alone(kernels: Kernels) -> None:
+    for on_device, launches in ((False, 0), (True, 1)):
+        items = [Item(0, KINDS[4][0], on_device=on_device)] * 3
+        before = kernels.settings.launches
+        assert Case("adam", items).problems(kernels) == []
+        assert kernels.settings.launches - before == launches
+
+
+@pytest.mark.parametrize("thread_order", ORDERS)
+@pytest.mark.parametrize("block_order", ORDERS)
+@EVERY_KIND
+def test_the_order_of_threads_and_blocks_is_free(
+    kernels: Kernels, each: int, block_order: str, thread_order: str
+) -> None:
+    """Also where there are fewer blocks than tiles, so that a block goes on to tiles of other tensors."""
+    with kernels.set(thread_order=ORDERS[thread_order], block_order=ORDERS[block_order]):
+        assert (
+            many("adam", each, kernels.entries("adam", each == 2), "device").problems(kernels) == []
+        )
+        with kernels.set(largest_grid=FEW_BLOCKS):
+            assert (
+                many("adam", each, kernels.entries("adam", each == 2), "mixed").problems(kernels)
+                == []
+            )
+            assert seams("adam", each, kernels.tile(each), "device").problems(kernels) == []
+
+
+@pytest.mark.parametrize("pages", ["before", "after"])
+@EVERY_KIND
+def test_nothing_outside_of_the_tensors_is_read(kernels: Kernels, each: int, pages: str) -> None:
+    case = seams("amsgrad", each, kernels.tile(each), "mixed", pages)
+    assert in_child(lambda: str(case.problems(kernels))) == "[]"
+
+
+def test_the_page_between_two_tensors_is_closed(kernels: Kernels) -> None:
+    case = seams("amsgrad", 4, kernels.tile(4), "mixed", "before")
+    last = max(end for place in case.places for _, end, _ in place)
+
+    def read_past_the_end() -> str:
+        memory = case.memory()
+        with case.closed(memory):
+            return str(memory[last].item())
+
+    assert in_child(read_past_the_end) == "killed by SIGSEGV"
+
+
+@pytest.mark.parametrize("each, dtype", [(8, BF16), (4, F32)], ids=["E=8", "E=4"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_more_than_2_to_the_32_elements(
+    kernels: Kernels, each: int, dtype: torch.dtype, shift: int
+) -> None:
+    """Only the last tiles run; what lies before them has addresses but no memory."""
+    n, tile = 2**32 + 12_345, kernels.tile(each)
+    whole = n * dtype.itemsize + 64
+    try:
+        maps = [
+            mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+            for _ in range(3)
+        ]
+    except OSError as error:
+        pytest.skip(f"no {3 * whole} bytes of addresses: {error}")
+    parts = [
+        torch.from_numpy(np.frombuffer(m, np.uint8))[: n * dtype.itemsize + 2 * 16] for m in maps
+    ]
+    parts = [x[shift * dtype.itemsize :][: n * dtype.itemsize].view(dtype) for x in parts]
+    rng, run = np.random.default_rng(0), n % tile + tile  # the last tile and the one before
+    for k, x in enumerate(parts):
+        data = wild(rng, run + 100, dtype)
+        x[-run - 100 :].copy_(data.abs() if k == 2 else data)
+    want = [x[-run - 100 :].clone() for x in parts]
+    hyper, lr, _ = RMSPROP[0]
+    reference.step(
+        "rmsprop", hyper, lr, want[0][100:], want[1][100:], [want[2][100:]], torch.tensor([0.0])
+    )
+    made = ctypes.create_string_buffer(kernels.rule("rmsprop", False)[2])
+    kernels.rule("rmsprop", False, hyper, lr, 1, made)
+    span = Span((c_void_p * 5)(*(x.data_ptr() for x in parts)), numel=n, aligned=shift == 0)
+    span.format[:3] = [formats.FORMATS.index(dtype)] * 3
+    job = Job(0, False, ctypes.pointer(span), 1, ctypes.addressof(made))
+    with kernels.set(first_block=-(-n // tile) - 2):
+        assert kernels.run(job) is None
+    for x, y in zip(parts, want, strict=True):
+        assert_same_bits(x[-run - 100 :], y)
+
+
+def test_launches_are_cut_where_tiles_can_no_longer_be_counted(kernels: Kernels) -> None:
+    """Nothing runs: no such tensors exist. But a launch's tiles are counted in 32 bits."""
+    made = ctypes.create_string_buffer(kernels.rule("adam", False)[2])
+    spans = (Span * 5)(*[Span(numel=2**30 * kernels.tile(4)) for _ in range(5)])
+    before = kernels.settings.launches
+    with kernels.set(first_block=2**32 - 1, largest_grid=1):
+        assert kernels.run(Job(4, False, spans, 5, ctypes.addressof(made))) is None
+    assert kernels.settings.launches - before >= 2
+
+
+def test_the_self_test_of_an_installation_passes(kernels: Kernels) -> None:
+    assert kernels.c.host_self_test() is None
+
+
+# ---- seeded faults: what the tests above would not let pass ---------------------------------------------
+
+FAULTS = {
+    "the body runs over the end": (
+        "step.cuh",
+        "entry.aligned ? n / E * E : 0",
+        "entry.aligned ? (n + E - 1) / E * E : 0",
+    ),
+    "the tail begins too early": (
+        "step.cuh",
+        "int i = body + int(threadIdx.x); i < n",
+        "int i = int(threadIdx.x); i < n",
+    ),
+    "the tail leaves some out": ("step.cuh", "i < n; i += kThreads)", "i < n; i += kThreads * E)"),
+    "the body leaves some out": (
+        "step.cuh",
+        "i < body; i += kThreads * E)",
+        "i < body; i += 2 * kThreads * E)",
+    ),
+    "aligned accesses to all": ("step.cuh", "entry.aligned ? n / E * E : 0", "n / E * E"),
+    "the body reads ahead": (
+        "step.cuh",
+        "T x[kSlots][E];",
+        "T x[kSlots][E]; load(entry.format[kGrad], entry.data[kGrad], start + i + E, packed[kGrad]);",
+    ),
+    "the gradient is written": ("step.cuh", "if (k != kGrad) store<", "store<"),
+    "a state stays": ("step.cuh", "if (k != kGrad) put_one<", "if (k < kState + 1) put_one<"),
+    "the tensor before": (
+        "step.cuh",
+        "if (job.first_tile[middle] <= tile)",
+        "if (job.first_tile[middle] < tile)",
+    ),
+    "never the last tensor": (
+        "step.cuh",
+        "high = job.count;",
+        "high = job.count > 1 ? job.count - 1 : 1;",
+    ),
+    "tiles counted from the launch's first": (
+        "step.cuh",
+        "int64_t(tile - job.first_tile[s]) *",
+        "int64_t(tile) *",
+    ),
+    "one tile a block": ("step.cuh", "tile += gridDim.x", "tile += job.first_tile[job.count]"),
+    "no barrier before the rule is made": (
+        "step.cuh",
+        "__syncthreads();  // the tile before",
+        "// the tile before",
+    ),
+    "no barrier after the rule is made": (
+        "step.cuh",
+        "entry.step);\n      __syncthreads();",
+        "entry.step);",
+    ),
+    "a barrier for some": (
+        "step.cuh",
+        "if (entry.step != nullptr) {",
+        "if (entry.step != nullptr && threadIdx.x < 32) {",
+    ),
+    "counts stay": ("step.cuh", "*job.entry[s].step += 1.0f", "*job.entry[s].step += 0.0f"),
+    "one count stays": ("step.cuh", "s < job.count && job.entry", "s < job.count - 1 && job.entry"),
+    "counts on the device past the first block stay": (
+        "step.cuh",
+        "int(blockIdx.x * blockDim.x +",
+        "int(",
+    ),
+    "a double learning rate read as float": ("step.cuh", "recipe.lr_is_double ?", "false ?"),
+    "a place is kept for the next launch": (
+        "step.cu",
+        "for (int32_t i : used) place[size_t(i)] = -1;",
+        "",
+    ),
+    "a recipe's place is kept": (
+        "step.cu",
+        "for (int32_t i : recipe_used) recipe_place[size_t(i)] = -1;",
+        "",
+    ),
+    "rules and recipes share places": ("step.cu", "(on_device ? recipe_place : place)", "(place)"),
+    "the last tensor says whether counts move": (
+        "step.cu",
+        "advance |= on_device",
+        "advance = on_device",
+    ),
+    "an empty tensor's count stays": (
+        "step.cu",
+        "span.numel == 0 && span.step == nullptr",
+        "span.numel == 0",
+    ),
+    "whole tiles only": (
+        "step.cu",
+        "(span.numel + tile_size - 1) / tile_size",
+        "span.numel / tile_size",
+    ),
+    "tiles of twice the size": (
+        "step.cu",
+        "int64_t(kThreads) * E * kRounds",
+        "int64_t(kThreads) * E * kRounds * 2",
+    ),
+    "the first tensor's alignment": (
+        "step.cu",
+        "entry.aligned = span.aligned",
+        "entry.aligned = job.spans[0].aligned",
+    ),
+}
+
+
+def trials(kernels: Kernels) -> list[tuple[dict[str, int], Case]]:
+    """A few cases, and the orders to run them in."""
+    entries, tile = functools.partial(kernels.entries, "adam"), kernels.tile
+    cases = [many("adam", 8, entries(False), "mixed"), seams("adam", 4, tile(4), "mixed")]
+    cases += [many("adam", 2, entries(True), "device"), many("adam", 4, entries(False), "host")]
+    cases += [seams("adam", 8, tile(8), "device", "before")]
+    few = {"largest_grid": FEW_BLOCKS}
+    orders = [
+        {},
+        {"thread_order": 1},
+        few,
+        few | {"thread_order": 1},
+        few | {"thread_order": 2, "block_order": 2},
+    ]
+    return [(order, case) for order in orders for case in cases]
+
+
+def first_problem(library: Path, several: list[tuple[dict[str, int], Case]]) -> str:
+    kernels = Kernels(library)
+    for order, case in several:
+        with kernels.set(**order):
+            if found := case.problems(kernels):
+                return found[0]
+    return "none"
+
+
+def small(folder: Path, *flags: str) -> Path:
+    return build(folder, "small", "-O0", "-DONLY=Adam", *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_noticed(kernels: Kernels, tmp_path: Path, fault: str) -> None:
+    name, old, new = FAULTS[fault]
+    source = (CSRC / "cuda" / name).read_text()
+    assert source.count(old) == 1, f"{name} has changed: this fault must be seeded in another way"
+    (tmp_path / "cuda").mkdir()
+    for other in ("step.cu", "step.cuh"):
+        shutil.copy(CSRC / "cuda" / other, tmp_path / "cuda")
+    (tmp_path / "cuda" / name).write_text(source.replace(old, new))
+    several, library = trials(kernels), small(tmp_path)
+    found = in_child(lambda: first_problem(library, several))
+    print(fault, "->", found)
+    assert found != "none"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [13000, 12000])
+def test_no_fault_no_problem(kernels: Kernels, tmp_path: Path, version: int) -> None:
+    """CUDA 12.0 and before take smaller arguments, hence fewer tensors a launch."""
+    library = small(tmp_path, f"-DCUDART_VERSION={version}")
+    assert (Kernels(library).entries("adam", False) < 100) == (version == 12000)
+    several = trials(kernels)
+    assert in_child(lambda: first_problem(library, several)) == "none"
+
+
+def in_child(call: Callable[[], str]) -> str:
+    """What ``call`` returns in a process of its own, or what that process died of."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            faulthandler.disable()
+            signal.alarm(120)
+            with threads(1):  # OpenMP's do not survive a fork
+                os.write(write, call().encode()[:4000])
+        except BaseException as error:
+            os.write(write, repr(error).encode()[:4000])
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return (
+        f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else said
+    )
+
+
+# ---- the stand-in itself -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    library = Library(build(tmp_path_factory.mktemp("self"), "self", "-O1", source="self_test.cpp"))
+    library.c.host_kernel.restype = ctypes.c_char_p
+    return library
+
+
+def run_kernel(stand_in: Library, name: str, blocks: int, n: int) -> tuple[str, list[int]]:
+    numbers = torch.arange(blocks * n, dtype=torch.int32)
+    said = stand_in.c.host_kernel(
+        name.encode(), c_void_p(numbers.data_ptr()), c_uint32(blocks), c_uint32(n)
+    )
+    return (said or b"").decode(), numbers.tolist()
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_barriers_shuffles_and_shared_memory(stand_in: Library, order: int) -> None:
+    with stand_in.set(thread_order=order):
+        for n in (128, 32):
+            assert run_kernel(stand_in, "sum", 1, n) == ("", [n * (n - 1)] * n)
+        assert run_kernel(stand_in, "stale", 4, 1) == ("", [-1] * 4)
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_threads_and_blocks_run_in_the_order_that_is_set(stand_in: Library, order: int) -> None:
+    with stand_in.set(thread_order=order, block_order=order):
+        _, numbers = run_kernel(stand_in, "order", 7, 64)
+    assert sorted(numbers) == list(range(448))
+    assert (numbers == sorted(numbers)) == (order == 0)
+    assert (numbers == sorted(numbers, reverse=True)) == (order == 1)
+
+
+def test_what_a_gpu_may_refuse_is_refused(stand_in: Library) -> None:
+    for name, blocks, n, message in [
+        ("half_barrier", 1, 64, "a barrier that some threads wait at and others never come to"),
+        ("load", 1, 32, "misaligned address"),
+        ("store", 1, 32, "misaligned address"),
+        ("sum", 0, 32, "invalid configuration"),
+        ("sum", 1, 2048, "invalid configuration"),
+    ]:
+        assert message in run_kernel(stand_in, name, blocks, n)[0]
+        assert run_kernel(stand_in, "sum", 1, 32)[0] == ""  # and the next launch is sound

@@ -22,5 +22,7 @@ def test_docstring_examples(module) -> None:
 @pytest.mark.parametrize("cls", [adamfused.Adam, adamfused.AdamW, adamfused.RMSprop])
 def test_every_argument_is_in_the_docstring(cls) -> None:
     text = cls.__doc__ + (adamfused.Adam.__doc__ if issubclass(cls, adamfused.Adam) else "")
-    missing = [name for name in cls.__init__.__annotations__ if name != "return" and f"{name}:" not in text]
+    missing = [
+        name for name in cls.__init__.__annotations__ if name != "return" and f"{name}:" not in text
+    ]
     assert missing == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import multiprocessing
@@ -99,15 +100,6 @@ def test_step_in_a_forked_child() -> None:
         said = in_child(lambda: stepped(optimizer))
     assert said == expected([LARGE, 3], steps=2)
     assert stepped(optimizer) == said, "the parent's own step"
-
-
-def test_first_step_in_a_forked_child() -> None:
-    """It makes the states, which torch fills with its threads."""
-    with threads(2):
-        build([LARGE]).step()
-        optimizer = build([LARGE, 3])
-        said = in_child(lambda: stepped(optimizer))
-    assert said == expected([LARGE, 3], steps=1)
 
 
 def test_control_a_hang_is_noticed() -> None:
@@ -327,32 +319,45 @@ class Alarm(BaseException):
     """Raised from a signal handler, as KeyboardInterrupt is."""
 
 
-def test_interrupted_step_is_either_made_or_not() -> None:
-    sizes = [3, 70_000, 0, 5]
-    optimizer, twin = build(sizes), build(sizes)
+@pytest.mark.parametrize("start", [0, 2], ids=["the first step", "a later step"])
+def test_interrupted_step_is_either_made_or_not(start) -> None:
+    template = build([3, 100_000, 0, 5])  # mostly in the kernels
+    grads = [p.grad for p in template.param_groups[0]["params"]]
+
+    def after(steps: int) -> Optimizer:
+        optimizer = copy.deepcopy(template)  # without the gradients
+        for p, g in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            p.grad = g
+        for _ in range(steps):
+            optimizer.step()
+        return optimizer
+
+    def bits(optimizer: Optimizer) -> str:
+        for p in [p for p, state in optimizer.state.items() if state["step"] == 0]:
+            del optimizer.state[p]  # new, as good as none
+        return result(optimizer)
 
     def ring(*_: Any) -> None:
         raise Alarm
 
+    begin = time.perf_counter()
+    either = [bits(after(start)), bits(after(start + 1))]
+    took = time.perf_counter() - begin
     handler = signal.signal(signal.SIGALRM, ring)
-    interrupted = made = 0
+    seen = []
     try:
-        for delay in np.linspace(1e-6, 1e-3, 300):
+        for delay in np.linspace(1e-6, took / 2, 120):
+            optimizer = after(start)
             try:
                 signal.setitimer(signal.ITIMER_REAL, delay)
                 optimizer.step()
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Alarm:
-                interrupted += 1
-            counts = {int(s["step"]) for s in optimizer.state.values()} or {0}
-            assert len(counts) == 1
-            for _ in range(counts.pop() - made):
-                twin.step()
-                made += 1
+                seen.append(bits(optimizer) in either)
     finally:
         signal.signal(signal.SIGALRM, handler)
-    assert result(optimizer) == result(twin)
-    assert 0 < interrupted and 0 < made < 300
+    assert len(seen) > 10
+    assert all(seen), f"{seen.count(False)} of {len(seen)} interrupted steps were made in part"
 
 
 # ---- to another process --------------------------------------------------------------------------

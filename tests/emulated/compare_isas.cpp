@@ -206,7 +206,8 @@ struct Tally {
     if (++different > 10) return;
     printf("%s: %s, step %d, recipe %d,", isa->name, kRuleFacts[batch.rule].name, step, t.span.recipe);
     for (int k = 0; k < batch.parts; ++k) printf(" %s", kFormatFacts[int(t.span.format[k])].name);
-    printf(", %lld numbers, part %d: %s [%zu] %llx, not %llx\n", (long long)t.span.numel, part, what, i, got, want);
+    printf(", %lld numbers, part %d: %s", (long long)t.span.numel, part, what);
+    got != want ? printf(" [%zu] %llx, not %llx\n", i, got, want) : printf("\n");
   }
 };
 
