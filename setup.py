@@ -44,7 +44,12 @@ CXX_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CXX_FLAGS += ["-fPIC", "-fvisibility=hidden", f"-I{CSRC}"]
 NVCC_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
-NVCC_FLAGS += ["-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", f"-I{CSRC}"]
+NVCC_FLAGS += [
+    "-std=c++17",
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+    f"-I{CSRC}",
+]
 ISAS = {"scalar": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2"

@@ -64,14 +64,18 @@ def stands_for_another(t: Tensor) -> bool:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in the same memory, in part or whole, told from where they begin and end."""
+    """Whether two tensors lie in the same memory, in part or whole; of two with holes, which may lie in each other's,
+    only whether they begin at the same place."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
 
-    def ends(t: Tensor) -> tuple[int, int]:
-        reach = sum(st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True))
-        return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+    def last(t: Tensor) -> int:
+        return sum(st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True))
 
-    (a_begin, a_end), (b_begin, b_end) = ends(a), ends(b)
-    return a.numel() > 0 and b.numel() > 0 and a_begin < b_end and b_begin < a_end
+    if last(a) + 1 != a.numel() and last(b) + 1 != b.numel():
+        return a.data_ptr() == b.data_ptr()
+    a_end, b_end = (t.data_ptr() + (last(t) + 1) * t.element_size() for t in (a, b))
+    return a.data_ptr() < b_end and b.data_ptr() < a_end
 
 
 def _memory_problem(t: Tensor, what: str) -> str | None:

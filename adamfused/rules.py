@@ -58,7 +58,7 @@ def power(x: float, n: int) -> float:
 
 def divide(a: float, b: float) -> float:
     """IEEE division: by zero it gives infinity or NaN where Python raises."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return float(np.float64(a) / np.float64(b))
 
 

@@ -2,7 +2,7 @@
 
 Every speed is a ratio of two times taken in turn in the same run; see README.md beside this file.
 
-    python benchmarks/targets.py [--quick] [--json FILE] [--no-fail]
+    python benchmarks/targets.py [--quick] [--json FILE] [--no-fail] [--threads N] [--elements N]
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from drift import drifts
 from measure import Seconds, median_ms, peak_bytes, ratio, side_by_side
 from torch import Tensor
 
 import adamfused
 from adamfused import backend
 
-LARGE = 2**25  # elements of the one large tensor: far more than any cache holds
+LARGE = 2**25  # elements of the tensor that is copied: far more than any cache holds
 
 
 class Line(NamedTuple):
@@ -57,6 +58,13 @@ class Section(NamedTuple):
     seconds: Seconds
 
 
+class TorchFused(torch.optim.AdamW):
+    """torch's fused AdamW."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, fused=True, **kwargs)
+
+
 def gpt2_small() -> list[tuple[int, ...]]:
     """The shapes of GPT-2 small's 148 parameters, 124 million numbers, in the model's order."""
     d = 768
@@ -84,9 +92,13 @@ def in_place_copy() -> Callable[[], Tensor]:
     return torch.randn(LARGE).neg_
 
 
-def of_bandwidth(seconds: Seconds, ours: str, bytes_per_element: int) -> float:
-    """What share of the in-place copy's bandwidth a step on LARGE elements has."""
-    return ratio(seconds, "copy", ours, bytes_per_element / 8)
+def of_bandwidth(seconds: Seconds, ours: str, step_bytes: int) -> float:
+    """What share of the in-place copy's bandwidth a step that moves so many bytes has."""
+    return ratio(seconds, "copy", ours, step_bytes / (8 * LARGE))
+
+
+def millions(numel: int) -> str:
+    return f"{numel / 2**20:.4g}M"
 
 
 def times(seconds: Seconds, *names: str) -> str:
@@ -96,48 +108,69 @@ def times(seconds: Seconds, *names: str) -> str:
 # ---- the targets ---------------------------------------------------------------------------------
 
 
-def one_large_tensor(name: str, rounds: int) -> Section:
-    """Adam or AdamW on one float32 tensor: bytes over bandwidth, and against torch's fused form."""
-    params = parameters([(LARGE,)])
+def one_large_tensor(name: str, numel: int, rounds: int) -> Section:
+    """Adam or AdamW on one float32 tensor: bytes over bandwidth, and against torch's fused form.
+
+    28 bytes a number: the parameter and both moments are read and written, the gradient is read.
+    """
+    params = parameters([(numel,)])
     ours = getattr(adamfused, name)(params)
     theirs = getattr(torch.optim, name)(params, fused=True)
     contenders = {"copy": in_place_copy(), name: ours.step, f"torch {name}": theirs.step}
     seconds = side_by_side(contenders, rounds)
-    share = of_bandwidth(seconds, name, 28)
+    share = of_bandwidth(seconds, name, 28 * numel)
     speed = ratio(seconds, f"torch {name}", name)
     note = times(seconds, *contenders)
     return Section(
         [
-            Line(f"{name}, 32M float32, of the copy bandwidth", share, ">=", 0.95, "", note),
-            Line(f"{name}, 32M float32, times torch fused", speed, ">=", 1.0, "x"),
+            Line(
+                f"{name}, {millions(numel)} float32, of the copy bandwidth",
+                share,
+                ">=",
+                0.95,
+                "",
+                note,
+            ),
+            Line(f"{name}, {millions(numel)} float32, times torch fused", speed, ">=", 1.0, "x"),
         ],
         seconds,
     )
 
 
-def large_rmsprop(rounds: int) -> Section:
-    params = parameters([(LARGE,)])
+def large_rmsprop(numel: int, rounds: int) -> Section:
+    params = parameters([(numel,)])
     ours = adamfused.RMSprop(params, lr=1e-3)
     theirs = torch.optim.RMSprop(params, lr=1e-3, foreach=True)
     seconds = side_by_side({"RMSprop": ours.step, "torch RMSprop": theirs.step}, rounds)
     speed = ratio(seconds, "torch RMSprop", "RMSprop")
     note = times(seconds, "RMSprop", "torch RMSprop")
     return Section(
-        [Line("RMSprop, 32M float32, times torch foreach", speed, ">=", 3, "x", note)], seconds
+        [
+            Line(
+                f"RMSprop, {millions(numel)} float32, times torch foreach",
+                speed,
+                ">=",
+                3,
+                "x",
+                note,
+            )
+        ],
+        seconds,
     )
 
 
-def large_bfloat16(rounds: int) -> Section:
-    optimizer = adamfused.AdamW(parameters([(LARGE,)], torch.bfloat16))
+def large_bfloat16(numel: int, rounds: int) -> Section:
+    """22 bytes a number: 4 for the parameter, 2 for the gradient, 16 for the moments."""
+    optimizer = adamfused.AdamW(parameters([(numel,)], torch.bfloat16))
     seconds = side_by_side({"copy": in_place_copy(), "AdamW": optimizer.step}, rounds)
-    share = of_bandwidth(seconds, "AdamW", 22)
-    name = "AdamW, 32M bfloat16, float32 moments, of the bandwidth"
+    share = of_bandwidth(seconds, "AdamW", 22 * numel)
+    name = f"AdamW, {millions(numel)} bfloat16, float32 moments, of the same"
     return Section([Line(name, share, ">=", 0.9, "", times(seconds, "copy", "AdamW"))], seconds)
 
 
 def many_small_tensors(numel: int, target: float, rounds: int) -> Section:
     params = parameters([(numel,)] * 1000)
-    ours, theirs = adamfused.AdamW(params), torch.optim.AdamW(params, fused=True)
+    ours, theirs = adamfused.AdamW(params), TorchFused(params)
     seconds = side_by_side({"AdamW": ours.step, "torch AdamW": theirs.step}, rounds)
     note = times(seconds, "AdamW", "torch AdamW")
     speed = ratio(seconds, "torch AdamW", "AdamW")
@@ -154,7 +187,7 @@ def many_small_tensors(numel: int, target: float, rounds: int) -> Section:
 
 def gpt2(rounds: int) -> Section:
     params = parameters(gpt2_small())
-    ours, theirs = adamfused.AdamW(params), torch.optim.AdamW(params, fused=True)
+    ours, theirs = adamfused.AdamW(params), TorchFused(params)
     seconds = side_by_side({"AdamW": ours.step, "torch AdamW": theirs.step}, rounds)
     speed = ratio(seconds, "torch AdamW", "AdamW")
     note = times(seconds, "AdamW", "torch AdamW")
@@ -185,47 +218,31 @@ def import_time() -> Section:
 
 
 def drift() -> Section:
-    """Errors against float64 after 3,000 float32 steps: torch's over ours, root mean squares."""
-    generator = torch.Generator().manual_seed(0)
-    start = 0.02 * torch.randn(1024, generator=generator)
-    optimizers = []
-    for make, kwargs in ((adamfused.AdamW, {}), (torch.optim.AdamW, {"fused": True})):
-        optimizers.append(
-            make([torch.nn.Parameter(start.clone())], lr=1e-3, weight_decay=0.01, **kwargs)
-        )
-    p, m, v, path = start.double(), 0.0, 0.0, 0.0
-    for t in range(1, 3001):
-        g = torch.randn(1024, generator=generator)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["params"][0].grad = g
-            optimizer.step()
-        g = g.double()
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        move = 1e-5 * p + 1e-3 * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-        p, path = p - move, path + move.abs()
-    errors = []
-    for optimizer in optimizers:
-        (q,) = optimizer.param_groups[0]["params"]
-        second = optimizer.state[q]["exp_avg_sq"]
-        both = (q.detach().double() - p) / path, second.double() / v - 1
-        errors.append([float(e.square().mean().sqrt()) for e in both])
-    (ours_p, ours_v), (torch_p, torch_v) = errors
-    names = (
-        "AdamW, 3,000 steps, error of parameters, torch / ours",
-        "AdamW, the same, second moments",
-    )
-    notes = f"({torch_p:.2g} / {ours_p:.2g} of the path)", f"({torch_v:.2g} / {ours_v:.2g})"
-    ratios = torch_p / ours_p, torch_v / ours_v
+    """Errors against float64 after 3,000 float32 steps: torch's over ours."""
+    (ours_p, ours_v), (torch_p, torch_v) = drifts(adamfused.AdamW, TorchFused)
+    of_p = f"({torch_p:.2g} / {ours_p:.2g} of the path)"
+    of_v = f"({torch_v:.2g} / {ours_v:.2g})"
     return Section(
-        [Line(n, r, ">=", 10, "x", w) for n, r, w in zip(names, ratios, notes, strict=True)], {}
+        [
+            Line(
+                "AdamW, 3,000 steps, error of p, torch / ours",
+                torch_p / ours_p,
+                ">=",
+                10,
+                "x",
+                of_p,
+            ),
+            Line("AdamW, the same, of second moments", torch_v / ours_v, ">=", 10, "x", of_v),
+        ],
+        {},
     )
 
 
-def all_sections(rounds: int) -> Iterator[tuple[str, Section]]:
-    yield "large_adamw", one_large_tensor("AdamW", rounds)
-    yield "large_adam", one_large_tensor("Adam", rounds)
-    yield "large_rmsprop", large_rmsprop(rounds)
-    yield "large_bfloat16", large_bfloat16(rounds)
+def all_sections(numel: int, rounds: int) -> Iterator[tuple[str, Section]]:
+    yield "large_adamw", one_large_tensor("AdamW", numel, rounds)
+    yield "large_adam", one_large_tensor("Adam", numel, rounds)
+    yield "large_rmsprop", large_rmsprop(numel, rounds)
+    yield "large_bfloat16", large_bfloat16(numel, rounds)
     yield "small_16", many_small_tensors(16, 20, rounds)
     yield "small_1024", many_small_tensors(1024, 5, rounds)
     yield "gpt2", gpt2(rounds)
@@ -265,13 +282,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="5 rounds instead of 21")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all that was measured")
     parser.add_argument("--no-fail", action="store_true", help="exit 0 even if a target is missed")
+    parser.add_argument("--threads", metavar="N", type=int, help="instead of torch's default")
+    parser.add_argument(
+        "--elements", metavar="N", type=int, default=LARGE, help="of the one large tensor (2^25)"
+    )
     args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     about = facts()
     print(f"{about['cpu']}, {about['isa']}, {about['threads']} threads, torch {about['torch']}")
     lines: list[Line] = []
     raw: dict[str, Any] = {}
     bandwidth = math.nan
-    for name, section in all_sections(5 if args.quick else 21):
+    for name, section in all_sections(args.elements, 5 if args.quick else 21):
         lines += section.lines
         raw[name] = section.seconds
         if "copy" in section.seconds:

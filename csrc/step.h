@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <fenv.h>
 
 #include <array>
 #include <atomic>
@@ -64,6 +65,20 @@ const Isa& isa() {
   return *now;
 }
 
+// Whether subnormals are flushed and how is rounded are settings of each thread, and torch.set_flush_denormal or a
+// library may have changed them for some. While this lives, they are IEEE 754's.
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() {
+    fegetenv(&before_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultArithmetic() { fesetenv(&before_); }
+
+ private:
+  fenv_t before_;
+};
+
 // OpenMP's threads do not survive a fork, and its next parallel region would wait for them for ever.
 std::atomic<bool> forked{false};
 
@@ -104,33 +119,43 @@ class Step {
       if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
       if (k != kGrad && t.is_inference() && !c10::InferenceMode::is_enabled()) return false;
     }
-    for (int k = 1; k < count; ++k)
+    std::array<Extent, kSlots> extent;
+    for (int k = 0; k < count; ++k) {
+      extent[k] = extent_of(*parts[k]);
       for (int j = 0; j < k; ++j)
-        if (in_place[j] && in_place[k] && same_memory(*parts[j], *parts[k])) {
+        if (extent[j].meets(extent[k]) && same_memory(*parts[j], *parts[k])) {
           if (j != kGrad && k != kGrad) return false;
           in_place[kGrad] = false;  // it is read while the other is written
         }
+    }
 
     const bool on_device = !step.is_cpu();
     Count counted{step.mutable_data_ptr(), step.scalar_type(), 0, 0};
     if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.advance()) return false;
     if (!on_device) counted_.push_back(counted);
+    bumped_.push_back(step.unsafeGetTensorImpl());
+    for (int k = 0; k < count; ++k)
+      if (k != kGrad) bumped_.push_back(parts[k]->unsafeGetTensorImpl());
 
-    uintptr_t all_bits = 0;
-    for (int k = 0; k < count; ++k) {
-      const at::Tensor* t = parts[k];
-      if (k != kGrad) bumped_.push_back(t->unsafeGetTensorImpl());
-      if (!in_place[k]) t = &move_a_copy(p, dense, *t, /*put_back=*/k != kGrad);
-      span.data[k] = k == kGrad ? const_cast<void*>(t->const_data_ptr()) : t->mutable_data_ptr();
-      all_bits |= reinterpret_cast<uintptr_t>(span.data[k]);
-    }
-    span.aligned = all_bits % 16 == 0;
     span.numel = numel * (p.is_complex() ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
-    bumped_.push_back(step.unsafeGetTensorImpl());
-
-    Bucket& bucket = bucket_for(device, group.rule, span.format[kParam] == FormatId::F64);
+    const size_t b = bucket_for(device, group.rule, span.format[kParam] == FormatId::F64);
+    Bucket& bucket = buckets_[b];
     span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.after, facts);
+
+    bool alone = !in_place[kParam];
+    for (const Alone& other : alone_) alone |= extent[kParam].meets(extent_of(other.tensors[kParam]));
+    if (alone) {
+      Alone& each = alone_.emplace_back(Alone{b, span, {}, in_place, dense});
+      for (int k = 0; k < count; ++k) each.tensors[k] = *parts[k];
+      return true;
+    }
+    for (int k = 0; k < count; ++k) {
+      const at::Tensor* t = parts[k];
+      if (!in_place[k]) t = &copied_.emplace_back(k == kGrad ? at::Tensor() : *t, copy_of(*t, p, dense)).second;
+      span.data[k] = k == kGrad ? const_cast<void*>(t->const_data_ptr()) : t->mutable_data_ptr();
+    }
+    span.aligned = is_aligned(span, count);
     bucket.spans.push_back(span);
     return true;
   }
@@ -138,9 +163,10 @@ class Step {
   // Moves everything. Touches no Python object, so the caller may have let go of the interpreter.
   void run() {
     at::NoGradGuard no_grad;
-    for (Bucket& bucket : buckets_) bucket.device.is_cpu() ? run_on_cpu(bucket) : run_on_device(bucket);
+    for (const Bucket& bucket : buckets_) run_spans(bucket, bucket.spans);
     for (auto& [tensor, copy] : copied_)
       if (tensor.defined()) tensor.copy_(copy);
+    for (Alone& each : alone_) run_alone(each);
     for (at::TensorImpl* t : bumped_)
       if (!t->is_inference()) t->bump_version();
     counted_.clear();
@@ -176,6 +202,7 @@ class Step {
       if (is_new) {
         rules.resize(rules.size() + size);
         double lr = group.lr_tensor ? group.lr_tensor->item<double>() : group.lr;
+        DefaultArithmetic here;
         facts.prepare[in_double](group.hyper.data(), lr, t, rules.data() + rules.size() - size);
       }
       last_t = t;
@@ -196,52 +223,90 @@ class Step {
       recipes.push_back(made);
       return last_recipe = int32_t(recipes.size() - 1);
     }
-    Job job() const {
-      return {RuleId(rule), in_double, spans.data(), int64_t(spans.size()), rules.data(), recipes.data(), nullptr};
+    Job job(const std::vector<Span>& some) const {
+      return {RuleId(rule), in_double, some.data(), int64_t(some.size()), rules.data(), recipes.data(), nullptr};
     }
   };
 
-  Bucket& bucket_for(at::Device device, int rule, bool in_double) {
-    for (Bucket& b : buckets_)
-      if (b.device == device && b.rule == rule && b.in_double == in_double) return b;
-    return buckets_.emplace_back(Bucket{device, rule, in_double, {}, {}, {}, nullptr, -1, 0, -1, {}});
+  size_t bucket_for(at::Device device, int rule, bool in_double) {
+    for (size_t b = 0; b < buckets_.size(); ++b)
+      if (buckets_[b].device == device && buckets_[b].rule == rule && buckets_[b].in_double == in_double) return b;
+    buckets_.push_back(Bucket{device, rule, in_double, {}, {}, {}, nullptr, -1, 0, -1, {}});
+    return buckets_.size() - 1;
   }
 
   // What a kernel can work on in place of a tensor whose elements lie in another order than the parameter's.
-  const at::Tensor& move_a_copy(const at::Tensor& p, bool dense, const at::Tensor& t, bool put_back) {
+  static at::Tensor copy_of(const at::Tensor& t, const at::Tensor& p, bool dense) {
     at::NoGradGuard no_grad;
     at::Tensor copy =
         dense ? at::empty_strided(p.sizes(), p.strides(), t.options()) : at::empty(p.sizes(), t.options());
     copy.copy_(t);
-    return copied_.emplace_back(put_back ? t : at::Tensor(), copy).second;
+    return copy;
   }
 
-  static void run_on_cpu(Bucket& bucket) {
-    std::vector<int64_t> first_tile(bucket.spans.size() + 1, 0);
-    int64_t numbers = 0;
-    for (size_t s = 0; s < bucket.spans.size(); ++s) {
-      numbers += bucket.spans[s].numel;
-      first_tile[s + 1] = first_tile[s] + (bucket.spans[s].numel + kTile - 1) / kTile;
+  static bool is_aligned(const Span& span, int count) {
+    uintptr_t bits = 0;
+    for (int k = 0; k < count; ++k) bits |= reinterpret_cast<uintptr_t>(span.data[k]);
+    return bits % 16 == 0;
+  }
+
+  // A strided parameter, of which a copy moves, or one that may lie in the memory of such: after all others, one after
+  // the other, as torch moves them.
+  struct Alone {
+    size_t bucket;
+    Span span;
+    std::array<at::Tensor, kSlots> tensors;
+    std::array<bool, kSlots> in_place;
+    bool dense;
+  };
+
+  void run_alone(Alone& each) {
+    const int count = kState + kRuleFacts[buckets_[each.bucket].rule].states;
+    std::array<at::Tensor, kSlots> use = each.tensors;
+    for (int k = 0; k < count; ++k) {
+      if (!each.in_place[k]) use[k] = copy_of(each.tensors[k], each.tensors[kParam], each.dense);
+      each.span.data[k] = use[k].mutable_data_ptr();
     }
-    Job job = bucket.job();
+    each.span.aligned = is_aligned(each.span, count);
+    run_spans(buckets_[each.bucket], {each.span});
+    for (int k = 0; k < count; ++k)
+      if (k != kGrad && !each.in_place[k]) each.tensors[k].copy_(use[k]);
+  }
+
+  static void run_spans(const Bucket& bucket, const std::vector<Span>& spans) {
+    bucket.device.is_cpu() ? run_on_cpu(bucket, spans) : run_on_device(bucket, spans);
+  }
+
+  static void run_on_cpu(const Bucket& bucket, const std::vector<Span>& spans) {
+    std::vector<int64_t> first_tile(spans.size() + 1, 0);
+    int64_t numbers = 0;
+    for (size_t s = 0; s < spans.size(); ++s) {
+      numbers += spans[s].numel;
+      first_tile[s + 1] = first_tile[s] + (spans[s].numel + kTile - 1) / kTile;
+    }
+    Job job = bucket.job(spans);
     job.first_tile = first_tile.data();
     const int64_t tiles = first_tile.back();
     const Run run = isa().table[bucket.rule][bucket.in_double];
     if (tiles == 0) return;
     // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 64 numbers.
     const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 64 * tiles));
-    if (forked.load() || share_memory(bucket.spans))
-      run(job, 0, tiles);
+    auto some = [&](int64_t begin, int64_t end) {
+      DefaultArithmetic here;
+      run(job, begin, end);
+    };
+    if (forked.load() || share_memory(spans))
+      some(0, tiles);
     else
-      at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+      at::parallel_for(0, tiles, grain, some);
   }
 
-  static void run_on_device(Bucket& bucket) {
+  static void run_on_device(const Bucket& bucket, const std::vector<Span>& spans) {
     c10::DeviceGuard guard(bucket.device);
     c10::impl::VirtualGuardImpl device_type(bucket.device.type());
     void* stream = reinterpret_cast<void*>(device_type.getStream(bucket.device).native_handle());
-    Job job = bucket.job();
-    const int64_t all = job.count, at_once = share_memory(bucket.spans) ? 1 : all;
+    Job job = bucket.job(spans);
+    const int64_t all = job.count, at_once = share_memory(spans) ? 1 : all;
     for (int64_t done = 0; done < all; done += at_once, job.spans += at_once) {
       job.count = at_once;
       const char* error = cuda_run(job, stream);
@@ -250,6 +315,7 @@ class Step {
   }
 
   std::vector<Bucket> buckets_;
+  std::vector<Alone> alone_;
   std::deque<std::pair<at::Tensor, at::Tensor>> copied_;  // (where it belongs or undefined, the copy that moves)
   std::vector<Count> counted_;
   std::vector<at::TensorImpl*> bumped_;

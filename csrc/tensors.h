@@ -55,11 +55,24 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// Whether two dense tensors lie in the same memory, in part or whole.
+// The memory from a tensor's first element to its last.
+struct Extent {
+  const char *begin, *end;
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+Extent extent_of(const at::Tensor& t) {
+  const char* begin = static_cast<const char*>(t.const_data_ptr());
+  if (t.numel() == 0) return {nullptr, nullptr};
+  if (t.is_contiguous()) return {begin, begin + size_t(t.numel()) * t.element_size()};
+  return {begin, begin + at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size())};
+}
+
+// Whether two tensors whose extents meet share memory. Of two with holes, which may lie in each other's, only whether
+// they begin at the same place.
 bool same_memory(const at::Tensor& a, const at::Tensor& b) {
-  const char *from = static_cast<const char*>(a.const_data_ptr()),
-             *other = static_cast<const char*>(b.const_data_ptr());
-  return from < other + b.nbytes() && other < from + a.nbytes();
+  auto dense = [](const at::Tensor& t) { return t.is_contiguous() || t.is_non_overlapping_and_dense(); };
+  return dense(a) || dense(b) || a.const_data_ptr() == b.const_data_ptr();
 }
 
 // Whether two elements may share memory. Told from strides: each must step over all that the smaller ones reach.

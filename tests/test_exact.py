@@ -131,9 +131,9 @@ def test_every_rule_and_dtype(case, dtype):
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_large_and_small_tensors_of_all_dtypes_in_one_group(case, n_threads):
+def test_large_and_small_tensors_of_several_dtypes_in_one_group(case, n_threads):
     make, kwargs = case
-    dtypes = REAL_DTYPES + COMPLEX_DTYPES
+    dtypes = [torch.float32, torch.bfloat16, torch.complex128]
     both = wild_run(make, kwargs, dtypes, [100_003, 0, 3], steps=2, n_threads=n_threads)
     assert_same_result(*both)
 

@@ -368,23 +368,16 @@ def test_control_a_last_bit_is_found(monkeypatch) -> None:
 # ---- a checkpoint with one thing changed ---------------------------------------------------------
 
 JUNK: list[Callable[[], Any]] = [
-    *(lambda x=x: x for x in (None, True, -1, 0, 7, 10**400, math.nan, math.inf, -0.5, 2.0)),
-    *(lambda x=x: copy.copy(x) for x in ("x", "0.5", b"", [], {}, [1, 2], {"step": 1}, (0.9, 2.0))),
-    *(lambda s=s: torch.full(s, 0.5) for s in ((), (1,), (2,), (6,), (2, 3), (3, 2), (0,))),
-    *(lambda d=d: torch.ones(2, 3).to(d) for d in (torch.int64, torch.bool, torch.float16)),
-    *(
-        lambda d=d: torch.ones(()).to(d)
-        for d in (torch.int64, torch.bool, torch.uint8, torch.float16)
-    ),
-    lambda: torch.ones(2, 3, dtype=torch.complex64),
+    *(lambda x=x: x for x in (None, True, -1, 7, 10**400, math.nan, math.inf, 2.0)),
+    *(lambda x=x: copy.copy(x) for x in ("x", "0.5", [], {}, [1, 2], {"step": 1}, (0.9, 2.0))),
+    *(lambda s=s: torch.full(s, 0.5) for s in ((), (1,), (6,), (2, 3), (3, 2), (0,))),
+    *(lambda d=d: torch.ones(2, 3).to(d) for d in (torch.int64, torch.bool, torch.complex64)),
+    *(lambda d=d: torch.ones(()).to(d) for d in (torch.int64, torch.bool, torch.float16)),
     lambda: torch.ones(2, 3, device="meta"),
     lambda: torch.ones(2, 3).to_sparse(),
     lambda: torch.ones(()).expand(2, 3),
-    lambda: torch.full((2, 3), math.nan),
     lambda: torch.tensor(math.nan),
     lambda: torch.tensor(1e30),
-    lambda: torch.tensor(2**63 - 1),
-    lambda: np.float64(3.0),
     lambda: np.int64(3),
 ]
 
@@ -392,7 +385,8 @@ JUNK: list[Callable[[], Any]] = [
 def places(x: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) within."""
     keys = list(x) if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else []
-    return [(x, key) for key in keys] + [place for key in keys for place in places(x[key])]
+    within = [place for key in keys if key != 1 for place in places(x[key])]  # of two alike, one
+    return [(x, key) for key in keys] + within
 
 
 def life_after(path: str, chosen: Any, spoil: Callable[[dict[str, Any]], None]) -> list[Any]:
@@ -408,7 +402,7 @@ def life_after(path: str, chosen: Any, spoil: Callable[[dict[str, Any]], None]) 
     optimizer.step()
     spoil(bad)
     said = []
-    for act in (lambda: optimizer.load_state_dict(bad), optimizer.step, optimizer.step):
+    for act in (lambda: optimizer.load_state_dict(bad), optimizer.step):
         before = snapshot(optimizer)
         said.append(outcome(act))
         if said[-1]:

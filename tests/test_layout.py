@@ -264,7 +264,7 @@ def test_empty_parameters_anywhere_in_the_list(path, n, empties) -> None:
 # ---- parameters that share a piece of memory -----------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [5, 40_000])
+@pytest.mark.parametrize("rows", [5, 20_000])
 def test_interleaved_columns_as_two_parameters(case, path, rows) -> None:
     base = numbers((rows, 4), torch.float32, 0)
     params = [base[:, ::2], base[:, 1::2]]
@@ -279,6 +279,31 @@ def test_interleaved_columns_as_two_parameters(case, path, rows) -> None:
             optimizer.step()
     for p, twin in zip(params, expected, strict=True):
         assert_same_bits(plain(p), twin)
+
+
+SAME_MEMORY: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "dense": lambda x: [x.view(-1), x.view(-1)],
+    "dense, in part": lambda x: [x.view(-1)[:-9], x.view(-1)[9:]],
+    "columns": lambda x: [x[:, ::2], x[:, ::2]],
+    "columns, in part": lambda x: [x[:-2, ::2], x[1:, ::2]],
+    "columns and all": lambda x: [x[:, 1::2], x.view(-1)],
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("cut", SAME_MEMORY.values(), ids=SAME_MEMORY.keys())
+def test_parameters_in_the_same_memory_move_one_after_the_other(case, cut) -> None:
+    ends = []
+    for choice in ("native", "reference"):
+        base = numbers((20_000, 4), torch.float32, 0)
+        make, options = case
+        optimizer = make([torch.nn.Parameter(t) for t in cut(base)], backend=choice, **options)
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            p.grad = numbers(p.shape, torch.float32, i + 1)
+        with threads(2):
+            optimizer.step()
+        ends.append(base)
+    assert_same_bits(*ends)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -320,6 +345,12 @@ def each_state(change: Callable[[Tensor], Tensor]) -> Callable[[Optimizer], None
     return replace
 
 
+def interleave_states(optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        keys = [key for key in state if key != "step"]
+        state.update(zip(keys, torch.stack([state[k] for k in keys], -1).unbind(-1), strict=True))
+
+
 def each_parameter(change: Callable[[Tensor], None]) -> Callable[[Optimizer], None]:
     def replace(optimizer: Optimizer) -> None:
         for p in optimizer.param_groups[0]["params"]:
@@ -338,6 +369,7 @@ REPLACEMENTS: dict[str, Callable[[Optimizer], None]] = {
     "states cloned": each_state(torch.clone),
     "states transposed": each_state(LAYOUTS["transposed"]),
     "states with holes": each_state(LAYOUTS["odd columns"]),
+    "states interleaved in one buffer": interleave_states,
     "states as views of one buffer": each_state(lambda s: torch.stack([s, s])[1]),
     "p.data cloned": each_parameter(lambda p: setattr(p, "data", p.data.clone())),
     "p.data with holes": each_parameter(lambda p: setattr(p, "data", lie(p.data, step=2))),

@@ -48,7 +48,8 @@ def path(request) -> str:
 def facts(x: Any) -> Any:
     """``x`` as comparable data; a tensor by its identity, form, version and the bytes of its storage."""
     if isinstance(x, Tensor):
-        kind = (id(x), x.dtype, x.shape, x.device, x.layout, x._version)
+        version = None if x.is_inference() else x._version
+        kind = (id(x), x.dtype, x.shape, x.device, x.layout, version)
         if x.layout is not torch.strided:
             return kind, x.to_dense().tolist()
         if x.device.type == "meta" or isinstance(x, FakeTensor):
@@ -152,8 +153,9 @@ def state(key: str, change: Callable[[Tensor], Any]) -> Provoke:
     def provoke(optimizer: Optimizer) -> Undo:
         entry = optimizer.state[the_one(optimizer)]
         good = dict(entry)
-        if (new := change(entry.pop(key))) is not None:
-            entry[key] = new
+        entry[key] = change(entry[key])
+        if entry[key] is None:
+            del entry[key]
         return lambda: (entry.clear(), entry.update(good))
 
     return provoke
@@ -167,6 +169,16 @@ def freed(get: Callable[[Optimizer], Tensor]) -> Provoke:
         return lambda: (storage.resize_(24), t.copy_(good))
 
     return provoke
+
+
+def moments(optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+    entry = optimizer.state[the_one(optimizer)]
+    return entry["exp_avg"], entry["exp_avg_sq"]
+
+
+def in_inference_mode(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
 
 
 DTYPES = "float32, float64, bfloat16 or float16, or a complex dtype made of one of these"
@@ -205,6 +217,12 @@ TENSORS: dict[str, Row] = {
         "it is a FakeTensor, a tensor with operations of its own; expected a plain tensor or a DTensor"),
 }
 STATES: dict[str, Row] = {
+    "state made in inference mode": (state("exp_avg_sq", in_inference_mode),
+        "state 'exp_avg_sq' was made in inference mode and cannot be written outside of it; clone() it"),
+    "state that is the parameter": (lambda o: state("exp_avg", lambda _: the_one(o).detach())(o),
+        "state 'exp_avg' lies in the same memory as the parameter; expected its own; clone() it"),
+    "state that is another state": (lambda o: state("exp_avg_sq", lambda _: moments(o)[0])(o),
+        "state 'exp_avg_sq' lies in the same memory as state 'exp_avg'; expected its own; clone() it"),
     "missing state": (state("exp_avg", lambda _: None),
         f"state 'exp_avg' is missing; expected a tensor of shape (2, 3); {ANEW}"),
     "state that is a number": (state("exp_avg_sq", lambda _: 0.0),
@@ -221,7 +239,7 @@ STATES: dict[str, Row] = {
         f"state 'exp_avg' is on meta; expected the parameter's device cpu; {ANEW}"),
     "expanded state": (state("exp_avg", lambda s: s[:1].clone().expand(2, 3)),
         f"elements of state 'exp_avg' may share memory (strides (0, 1)); expected its own; {ANEW}"),
-    "freed state": (freed(lambda o: o.state[the_one(o)]["exp_avg"]), f"the memory of state 'exp_avg' {FREED}"),
+    "freed state": (freed(lambda o: moments(o)[0]), f"the memory of state 'exp_avg' {FREED}"),
     "missing step": (state("step", lambda _: None), f"state 'step' is NoneType; {ONE_COUNT}"),
     "step that is a number": (state("step", lambda _: 3), f"state 'step' is int; {ONE_COUNT}"),
     "two steps": (state("step", lambda _: torch.ones(2)), f"state 'step' is of shape (2,); {ONE_COUNT}"),
@@ -380,16 +398,22 @@ def test_checkpoint_is_refused(path, spoil, message) -> None:
     check_load_refusal(path, spoil, "AdamW: parameter 1 of group 1: " + message)
 
 
-def test_checkpoint_of_other_groups_is_refused_in_torchs_words(path) -> None:
-    start = "loaded state dict "
-    for spoil, message in (
-        (lambda d: d["param_groups"].pop(), "has a different number of parameter groups"),
-        (
-            lambda d: d["param_groups"][1]["params"].pop(),
-            "contains a parameter group that doesn't match the size of optimizer's group",
-        ),
-    ):
-        check_load_refusal(path, spoil, start + message)
+# fmt: off
+GROUPS: dict[str, tuple[Spoil, str]] = {
+    "too few groups": (lambda d: d["param_groups"].pop(),
+        "loaded state dict has a different number of parameter groups"),
+    "too few parameters": (lambda d: d["param_groups"][1]["params"].pop(),
+        "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"),
+    "NaN lr": (lambda d: d["param_groups"][1].update(lr=NAN), "Invalid learning rate: nan"),
+    "beta of 2": (lambda d: d["param_groups"][1].update(betas=(0.9, 2.0)),
+        "Invalid beta parameter at index 1: 2.0"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("spoil", "message"), GROUPS.values(), ids=GROUPS.keys())
+def test_groups_of_a_checkpoint_are_refused_in_torchs_words(path, spoil, message) -> None:
+    check_load_refusal(path, spoil, message)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <link.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,7 +47,7 @@ inline double2 make_double2(double x, double y) { return {x, y}; }
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-inline dim3 gridDim, blockDim, blockIdx{0, 0, 0}, threadIdx{0, 0, 0};
+static dim3 gridDim, blockDim, blockIdx{0, 0, 0}, threadIdx{0, 0, 0};
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -69,7 +70,7 @@ struct Settings {
   uint32_t first_block = 0;             // the blocks before it do not run: their memory may be missing
   int64_t launches = 0;                 // counted here
 };
-inline Settings settings;
+static Settings settings;
 
 // Which of n comes i-th. The factor is a prime, and larger than n, so that every one comes once.
 inline uint32_t in_order(Order order, uint32_t i, uint32_t n) {
@@ -105,13 +106,13 @@ class Machine {
       arrived = 0;
       for (uint32_t t = first; t < first + count; ++t) fiber_of_[t]->waits = false;
     }
-    swapcontext(&running_->context, &scheduler_);
+    pause();
   }
 
   // Ends the launch. The threads are left where they are, as a GPU leaves them.
   [[noreturn]] void fail(const std::string& what) {
     error_ = what;
-    if (running_ != nullptr) setcontext(&scheduler_);
+    if (running_ != nullptr) _longjmp(scheduler_, 1);
     abort();  // not in a kernel
   }
 
@@ -119,10 +120,11 @@ class Machine {
 
  private:
   struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    uint32_t thread;
-    bool waits;
+    ucontext_t entry;
+    jmp_buf paused;
+    bool begun = false, waits = false;
+    uint32_t thread = 0;
+    char stack[kStack];
   };
 
   // Threads that meet no barrier all run on one fiber, one after another, and cost no switch.
@@ -132,7 +134,7 @@ class Machine {
     memset(arrived_in_warp_, 0, sizeof arrived_in_warp_);
     arrived_in_block_ = 0;
     for (started_ = 0; started_ < threads_ && error_.empty();) {
-      if (idle_.empty()) idle_.push_back(new_fiber());
+      if (idle_.empty()) idle_.push_back(fibers_.emplace_back(new Fiber).get());
       resume(idle_.back());
     }
     for (bool moved = true; moved && error_.empty();) {
@@ -150,18 +152,19 @@ class Machine {
   void resume(Fiber* fiber) {
     running_ = fiber;
     threadIdx.x = fiber->thread;
-    swapcontext(&scheduler_, &fiber->context);
+    if (_setjmp(scheduler_) == 0) {  // a context's own switch is a system call, so it is for the first time only
+      if (fiber->begun) _longjmp(fiber->paused, 1);
+      fiber->begun = true;
+      getcontext(&fiber->entry);
+      fiber->entry.uc_stack.ss_sp = fiber->stack;
+      fiber->entry.uc_stack.ss_size = kStack;
+      makecontext(&fiber->entry, run_threads, 0);
+      setcontext(&fiber->entry);
+    }
     running_ = nullptr;
   }
-
-  Fiber* new_fiber() {
-    Fiber& fiber = *fibers_.emplace_back(new Fiber{});
-    fiber.stack.reset(new char[kStack]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    makecontext(&fiber.context, run_threads, 0);
-    return &fiber;
+  void pause() {
+    if (_setjmp(running_->paused) == 0) _longjmp(scheduler_, 1);
   }
 
   static void run_threads();
@@ -176,7 +179,7 @@ class Machine {
         fiber_of_[me->thread] = nullptr;
       }
       idle_.push_back(me);
-      swapcontext(&me->context, &scheduler_);
+      pause();
     }
   }
 
@@ -204,13 +207,13 @@ class Machine {
   std::vector<Fiber*> idle_;
   Fiber* fiber_of_[kMostThreads];  // null: the thread has not begun, or is over
   Fiber* running_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::string error_;
   uint64_t lanes_[kMostThreads];
   char* shared_memory_ = nullptr;
   size_t shared_bytes_ = 0;
 };
-inline Machine machine;
+static Machine machine;  // not inline: several libraries in one process would share it
 inline void Machine::run_threads() { machine.run_threads_here(); }
 
 // What every lane of a warp has, told to a lane that asks for another's.

@@ -12,7 +12,8 @@ void sum_kernel(int* numbers) {
   down = __shfl_sync(0xffffffffu, down, 0);
   if (t % 32 == 0) of_warp[t / 32] = up + down;
   __syncthreads();
-  numbers[t] = of_warp[0] + of_warp[1] + of_warp[2] + of_warp[3];
+  numbers[t] = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) numbers[t] += of_warp[warp];
 }
 // Tells what it finds in shared memory, where the block before has written.
 void stale_kernel(int* numbers) {
@@ -21,9 +22,8 @@ void stale_kernel(int* numbers) {
   left = 7;
 }
 void order_kernel(int* numbers) {
-  static int next;
-  if (blockIdx.x + threadIdx.x == 0) next = 0;
-  numbers[blockIdx.x * blockDim.x + threadIdx.x] = next++;
+  static int last;
+  numbers[blockIdx.x * blockDim.x + threadIdx.x] = ++last;
 }
 void half_barrier_kernel(int*) {
   if (threadIdx.x % 2 == 0) __syncthreads();
@@ -40,7 +40,8 @@ const char* host_kernel(const char* name, int* numbers, uint32_t blocks, uint32_
   cudaError_t error = cudaErrorInvalidValue;
 #define RUN(kernel) \
   if (!strcmp(name, #kernel)) error = adamfused::start(kernel##_kernel, blocks, threads, nullptr, numbers);
-  RUN(sum) RUN(stale) RUN(order) RUN(half_barrier) RUN(load) RUN(store)
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  RUN(sum) RUN(stale) RUN(order) RUN(half_barrier) RUN(load) RUN(store) return error == cudaSuccess
+      ? nullptr
+      : cudaGetErrorString(error);
 }
 }
