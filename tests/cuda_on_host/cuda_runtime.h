@@ -1,5 +1,5 @@
 // Stands in for CUDA's header of this name, so that g++ compiles the kernels and a CPU runs them: the tests then
-// compare their bits with the oracle's where there is no GPU. It is as much of CUDA as csrc/cuda/ uses.
+// compare their bits with the oracle's where there is no GPU. It is as much of CUDA as csrc/cuda/ uses, and shuffles.
 //
 // What a GPU does at once is done here in some order: blocks one after another, and the threads of a block one after
 // another from barrier to barrier, each on a stack of its own (a fiber). A kernel that is wrong in one order only is
@@ -29,7 +29,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
-#define __shared__ static thread_local  // blocks run one at a time; thread_local only so that it can be found, below
+#define __shared__ static thread_local  // thread_local only so that it can be found: see find_shared_memory
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -44,19 +44,13 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
-static dim3 gridDim, blockDim, blockIdx{0, 0, 0}, threadIdx{0, 0, 0};
+// Variables are static, not inline: several libraries in one process would share those.
+static struct {
+  unsigned x;
+} gridDim, blockDim, blockIdx, threadIdx;
 
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719,
-};
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 using cudaStream_t = struct CUstream_st*;
 
 namespace cuda_on_host {
@@ -64,13 +58,12 @@ namespace cuda_on_host {
 enum Order : int32_t { kUp, kDown, kMixed };
 
 // For the tests to set, through ctypes.
-struct Settings {
+static struct Settings {
   Order thread_order = kUp, block_order = kUp;
   uint32_t largest_grid = 0xffffffffu;  // a grid that is larger is cut, so that a block takes several tiles
   uint32_t first_block = 0;             // the blocks before it do not run: their memory may be missing
   int64_t launches = 0;                 // counted here
-};
-static Settings settings;
+} settings;
 
 // Which of n comes i-th. The factor is a prime, and larger than n, so that every one comes once.
 inline uint32_t in_order(Order order, uint32_t i, uint32_t n) {
@@ -78,25 +71,33 @@ inline uint32_t in_order(Order order, uint32_t i, uint32_t n) {
 }
 
 constexpr uint32_t kMostThreads = 1024, kWarp = 32;
-constexpr size_t kStack = 256 << 10;  // holds the kernel's arguments, 32 KB
 
-class Machine {
+struct Fiber {
+  ucontext_t entry;
+  jmp_buf paused;
+  bool begun = false, waits = false;
+  uint32_t thread = 0;
+  char stack[256 << 10];  // holds the kernel's arguments, 32 KB
+};
+
+static class Machine {
  public:
+  std::string error;                 // what was wrong with the last launch
+  uint64_t of_thread[kMostThreads];  // what a thread shows to the others of its warp
+
   // One launch, from beginning to end.
   cudaError_t launch(uint32_t blocks, uint32_t threads, std::function<void()> kernel) {
-    if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > kMostThreads)
-      return cudaErrorInvalidConfiguration;
-    kernel_ = std::move(kernel), threads_ = threads, error_.clear();
+    if (blocks - 1 >= 0x7fffffffu || threads - 1 >= kMostThreads) return cudaErrorInvalidConfiguration;
+    kernel_ = std::move(kernel), threads_ = threads, error.clear();
     ++settings.launches;
     gridDim.x = blocks < settings.largest_grid ? blocks : settings.largest_grid, blockDim.x = threads;
     find_shared_memory();
-    for (uint32_t i = 0; i < gridDim.x && error_.empty(); ++i) {
+    for (uint32_t i = 0; i < gridDim.x && error.empty(); ++i) {
       blockIdx.x = in_order(settings.block_order, i, gridDim.x);
       if (blockIdx.x >= settings.first_block) run_block();
     }
-    return error_.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+    return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
   }
-  const char* error() const { return error_.c_str(); }
 
   // A thread comes to a barrier of `count` threads beginning with `first`, and goes on when all of them have come.
   void wait(uint32_t first, uint32_t count) {
@@ -111,42 +112,32 @@ class Machine {
 
   // Ends the launch. The threads are left where they are, as a GPU leaves them.
   [[noreturn]] void fail(const std::string& what) {
-    error_ = what;
+    error = what;
     if (running_ != nullptr) _longjmp(scheduler_, 1);
     abort();  // not in a kernel
   }
 
-  uint64_t* lane(uint32_t thread) { return &lanes_[thread]; }
-
  private:
-  struct Fiber {
-    ucontext_t entry;
-    jmp_buf paused;
-    bool begun = false, waits = false;
-    uint32_t thread = 0;
-    char stack[kStack];
-  };
-
   // Threads that meet no barrier all run on one fiber, one after another, and cost no switch.
   void run_block() {
     memset(shared_memory_, 0xff, shared_bytes_);  // as float or double: NaN
     memset(fiber_of_, 0, sizeof fiber_of_);
     memset(arrived_in_warp_, 0, sizeof arrived_in_warp_);
     arrived_in_block_ = 0;
-    for (started_ = 0; started_ < threads_ && error_.empty();) {
+    for (started_ = 0; started_ < threads_ && error.empty();) {
       if (idle_.empty()) idle_.push_back(fibers_.emplace_back(new Fiber).get());
       resume(idle_.back());
     }
-    for (bool moved = true; moved && error_.empty();) {
+    for (bool moved = true; moved && error.empty();) {
       moved = false;
-      for (uint32_t i = 0; i < threads_ && error_.empty(); ++i) {
+      for (uint32_t i = 0; i < threads_ && error.empty(); ++i) {
         Fiber* fiber = fiber_of_[in_order(settings.thread_order, i, threads_)];
         if (fiber != nullptr && !fiber->waits) resume(fiber), moved = true;
       }
     }
-    for (uint32_t t = 0; t < threads_ && error_.empty(); ++t)
-      if (fiber_of_[t] != nullptr) error_ = "a barrier that some threads wait at and others never come to";
-    if (!error_.empty()) idle_.clear(), fibers_.clear();
+    for (uint32_t t = 0; t < threads_ && error.empty(); ++t)
+      if (fiber_of_[t] != nullptr) error = "a barrier that some threads wait at and others never come to";
+    if (!error.empty()) idle_.clear(), fibers_.clear();
   }
 
   void resume(Fiber* fiber) {
@@ -157,7 +148,7 @@ class Machine {
       fiber->begun = true;
       getcontext(&fiber->entry);
       fiber->entry.uc_stack.ss_sp = fiber->stack;
-      fiber->entry.uc_stack.ss_size = kStack;
+      fiber->entry.uc_stack.ss_size = sizeof fiber->stack;
       makecontext(&fiber->entry, run_threads, 0);
       setcontext(&fiber->entry);
     }
@@ -169,8 +160,7 @@ class Machine {
 
   static void run_threads();
   void run_threads_here() {
-    Fiber* me = running_;
-    for (;;) {
+    for (Fiber* me = running_;; pause()) {
       idle_.pop_back();  // this one: whoever is resumed from there is the last
       while (started_ < threads_) {
         me->thread = threadIdx.x = in_order(settings.thread_order, started_++, threads_);
@@ -179,7 +169,6 @@ class Machine {
         fiber_of_[me->thread] = nullptr;
       }
       idle_.push_back(me);
-      pause();
     }
   }
 
@@ -188,13 +177,11 @@ class Machine {
     static thread_local char one_of_them = 0;
     shared_memory_ = &one_of_them, shared_bytes_ = 1;
     auto look = [](dl_phdr_info* library, size_t, void* self) {
-      Machine& machine = *static_cast<Machine*>(self);
-      char *found = machine.shared_memory_, *begin = static_cast<char*>(library->dlpi_tls_data);
+      char *&found = static_cast<Machine*>(self)->shared_memory_, *begin = static_cast<char*>(library->dlpi_tls_data);
       for (int i = 0; i < library->dlpi_phnum; ++i) {
-        const auto& part = library->dlpi_phdr[i];
-        if (part.p_type != PT_TLS || begin == nullptr || found < begin || found >= begin + part.p_memsz) continue;
-        machine.shared_memory_ = begin, machine.shared_bytes_ = part.p_memsz;
-        return 1;
+        const size_t size = library->dlpi_phdr[i].p_memsz;
+        if (library->dlpi_phdr[i].p_type == PT_TLS && begin != nullptr && begin <= found && found < begin + size)
+          found = begin, static_cast<Machine*>(self)->shared_bytes_ = size;
       }
       return 0;
     };
@@ -208,23 +195,20 @@ class Machine {
   Fiber* fiber_of_[kMostThreads];  // null: the thread has not begun, or is over
   Fiber* running_ = nullptr;
   jmp_buf scheduler_;
-  std::string error_;
-  uint64_t lanes_[kMostThreads];
   char* shared_memory_ = nullptr;
   size_t shared_bytes_ = 0;
-};
-static Machine machine;  // not inline: several libraries in one process would share it
+} machine;
 inline void Machine::run_threads() { machine.run_threads_here(); }
 
-// What every lane of a warp has, told to a lane that asks for another's.
+// What a lane of the warp has, told to another.
 template <class T>
 T from_lane(uint32_t mask, T mine, uint32_t lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "");
   if (mask != 0xffffffffu) machine.fail("a shuffle of some lanes only is not made here");
   const uint32_t first = threadIdx.x / kWarp * kWarp, count = blockDim.x - first < kWarp ? blockDim.x - first : kWarp;
-  memcpy(machine.lane(threadIdx.x), &mine, sizeof mine);
+  memcpy(&machine.of_thread[threadIdx.x], &mine, sizeof mine);
   machine.wait(first, count);
-  if (lane < count) memcpy(&mine, machine.lane(first + lane), sizeof mine);
+  if (lane < count) memcpy(&mine, &machine.of_thread[first + lane], sizeof mine);
   machine.wait(first, count);
   return mine;
 }
@@ -235,36 +219,30 @@ inline void __syncthreads() { cuda_on_host::machine.wait(0, blockDim.x); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { cuda_on_host::from_lane(mask, 0, 0); }
 template <class T>
 T __shfl_sync(uint32_t mask, T x, int lane) {
-  return cuda_on_host::from_lane(mask, x, uint32_t(lane) % cuda_on_host::kWarp);
+  return cuda_on_host::from_lane(mask, x, uint32_t(lane) % 32);
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T x, int other) {
-  return cuda_on_host::from_lane(mask, x, threadIdx.x % cuda_on_host::kWarp ^ uint32_t(other));
+  return cuda_on_host::from_lane(mask, x, threadIdx.x % 32 ^ uint32_t(other));
 }
 template <class T>
 T __shfl_down_sync(uint32_t mask, T x, unsigned by) {
-  return cuda_on_host::from_lane(mask, x, threadIdx.x % cuda_on_host::kWarp + by);
+  return cuda_on_host::from_lane(mask, x, threadIdx.x % 32 + by);
 }
 
-// -fsanitize=alignment asks before every access and calls this if the address is wrong.
-extern "C" __attribute__((used)) void __ubsan_handle_type_mismatch_v1(void* site, uintptr_t address) {
-  struct Place {
-    const char* file;
-    uint32_t line, column;
-  }* place = static_cast<Place*>(site);
-  cuda_on_host::machine.fail("misaligned address ..." + std::to_string(address % 256) + " in " + place->file + ":" +
-                             std::to_string(place->line));
+// -fsanitize=alignment asks before every access, and calls this where the address is wrong.
+extern "C" __attribute__((used)) void __ubsan_handle_type_mismatch_v1(void* site, uintptr_t) {
+  const uint32_t line = *reinterpret_cast<uint32_t*>(static_cast<const char**>(site) + 1);
+  const std::string file = *static_cast<const char**>(site);
+  cuda_on_host::machine.fail("misaligned address in " + file + ":" + std::to_string(line));
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorLaunchFailure) return cuda_on_host::machine.error();
-  return error == cudaErrorInvalidConfiguration ? "invalid configuration" : "invalid value, or no memory";
+  if (error == cudaErrorLaunchFailure) return cuda_on_host::machine.error.c_str();
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration" : "invalid value";
 }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
-  *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
-}
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = malloc(bytes), cudaSuccess; }
 inline cudaError_t cudaFree(void* memory) { return free(memory), cudaSuccess; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   return memcpy(to, from, bytes), cudaSuccess;
