@@ -198,7 +198,8 @@ class FusedOptimizer(Optimizer):
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    # Not under torch.no_grad() as a whole: the kernels do not need it, and an interrupt (Ctrl-C) that arrives while
+    # its Python code sets the mode back would leave gradients off for the rest of the process.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Moves every parameter that has a gradient.
 
@@ -246,7 +247,12 @@ class FusedOptimizer(Optimizer):
             left = native.step(self.state, rows, init, judge)
         else:
             left = self._ready_for_reference(plans, init)
-        for j, i in left:
+        if left:
+            self._reference_step(plans, left)
+
+    @torch.no_grad()
+    def _reference_step(self, plans: Sequence[Plan], places: Sequence[tuple[int, int]]) -> None:
+        for j, i in places:
             p, g, *states, count = self._tensors(j, i, plans[j].keys)
             lr = as_number(self.param_groups[j]["lr"])
             reference.step(plans[j].rule, plans[j].hyper, lr, p, g, states, count)
@@ -272,6 +278,7 @@ class FusedOptimizer(Optimizer):
             raise
         return places
 
+    @torch.no_grad()
     def _traced_step(self) -> None:
         for group in self.param_groups:
             plan = self._plan(group)
@@ -310,6 +317,7 @@ class FusedOptimizer(Optimizer):
             states.extend(self.state[p][key] for key in plan.keys)
             counts.append(self.state[p]["step"])
 
+    @torch.no_grad()
     def _new_state(
         self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
     ) -> dict[str, Tensor]:
@@ -363,6 +371,7 @@ class FusedOptimizer(Optimizer):
         if problem:
             raise RuntimeError(f"{self._place(j, i)}: {problem}")
 
+    @torch.no_grad()
     def _judge(self, j: int, i: int, keys: Sequence[str], choice: str) -> list[Tensor] | None:
         """What to do with a parameter that the kernels did not take: an error, other tensors, or the reference."""
         self._check(j, i, keys)

@@ -372,6 +372,8 @@ def test_interrupted_step_is_either_made_or_not(start) -> None:
                 seen.append(bits(optimizer) in either)
     finally:
         signal.signal(signal.SIGALRM, handler)
+        # The first step makes states under torch.no_grad(), which an alarm in its __exit__ leaves on.
+        torch.set_grad_enabled(True)
     assert len(seen) > 10
     assert all(seen), f"{seen.count(False)} of {len(seen)} interrupted steps were made in part"
 

@@ -1,0 +1,29 @@
+"""What every test gets without asking for it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def _settings() -> dict[str, object]:
+    """Everything of torch that holds for the whole process (or thread) and that a test might leave changed."""
+    return {
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "torch.tensor(1e-40) * 1 > 0 (denormals)": bool(torch.tensor(1e-40) * 1 > 0),
+        "torch.distributed.is_initialized()": torch.distributed.is_initialized(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_torch_as_it_found_it() -> Iterator[None]:
+    """A test that leaves a setting of torch changed fails itself, not the next one that happens to need it."""
+    before = _settings()
+    yield
+    after = _settings()
+    torch.set_grad_enabled(True)
+    assert after == before
