@@ -5,6 +5,9 @@
 // parameters. Numbers that are the same for all elements are made once per step, in double, by `prepare`, and
 // rounded once to T.
 //
+// `operator()` takes numbers N: T itself, or a vector of T's that a CPU works on at once; the rule's own numbers are T
+// in both. So a condition on those is one branch for all elements, and one on elements is a choice without a branch.
+//
 // To add a rule: a struct with `Hyper`, `states`, `prepare` and `operator()`, a line in ADAMFUSED_RULES below, its
 // twin in rules.py.
 #pragma once
@@ -16,6 +19,11 @@ namespace ADAMFUSED_TARGET {
 
 ADAMFUSED_HD float root(float x) { return sqrtf(x); }
 ADAMFUSED_HD double root(double x) { return sqrt(x); }
+template <class Vector>
+ADAMFUSED_HD Vector root(Vector x) {
+  for (size_t i = 0; i < sizeof x / sizeof x[0]; ++i) x[i] = root(x[i]);
+  return x;
+}
 
 // x^n by squaring. Not pow(): libraries differ in its last bit, and the host and the GPU must agree.
 ADAMFUSED_HD double power(double x, int64_t n) {
@@ -42,30 +50,30 @@ ADAMFUSED_HD Weight<T> weight(double beta) {
   return beta < 0.5 ? Weight<T>{T(-beta), true} : Weight<T>{T(1.0 - beta), false};
 }
 
-template <class T>
-ADAMFUSED_HD T average(T a, T b, const Weight<T>& w) {
-  T d = b - a;
+template <class N, class T>
+ADAMFUSED_HD N average(N a, N b, const Weight<T>& w) {
+  N d = b - a;
   return (w.far ? b : a) + w.c * d;
 }
 
 // beta * a + b, with the same care for beta.
-template <class T>
-ADAMFUSED_HD T decayed_sum(T a, T b, const Weight<T>& w) {
-  return ((w.far ? T(0) : a) - w.c * a) + b;
+template <class N, class T>
+ADAMFUSED_HD N decayed_sum(N a, N b, const Weight<T>& w) {
+  return ((w.far ? N{} : a) - w.c * a) + b;
 }
 
 // The gradient as the rule sees it: turned round to climb, with coupled (L2) decay. A decay of 0 is skipped, not
 // multiplied: 0 * inf is NaN.
-template <class T>
-ADAMFUSED_HD T directed(T p, T g, T sign, T l2) {
+template <class N, class T>
+ADAMFUSED_HD N directed(N p, N g, T sign, T l2) {
   g = sign * g;
   return l2 != T(0) ? g + l2 * p : g;
 }
 
 // A NaN in either stays.
-template <class T>
-ADAMFUSED_HD T larger(T a, T b) {
-  return (b > a || b != b) ? b : a;
+template <class N>
+ADAMFUSED_HD N larger(N a, N b) {
+  return ((b > a) | (b != b)) ? b : a;
 }
 
 // RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim.
@@ -84,7 +92,8 @@ struct RMSprop {
     return {
         weight<T>(h.alpha), weight<T>(h.momentum), T(h.maximize != 0 ? -1.0 : 1.0), T(h.weight_decay), T(lr), T(h.eps)};
   }
-  ADAMFUSED_HD void operator()(T& p, T g, T& v) const {
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& v) const {
     g = directed(p, g, sign, l2);
     v = average(v, g * g, w);
     p = p - lr * (g / (root(v) + eps));
@@ -98,7 +107,8 @@ struct RMSpropMomentum : RMSprop<T> {
   ADAMFUSED_HD static RMSpropMomentum prepare(const RMSpropHyper& h, double lr, double t) {
     return {RMSprop<T>::prepare(h, lr, t)};
   }
-  ADAMFUSED_HD void operator()(T& p, T g, T& v, T& buf) const {
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& v, N& buf) const {
     g = directed(p, g, this->sign, this->l2);
     v = average(v, g * g, this->w);
     buf = decayed_sum(buf, g / (root(v) + this->eps), this->mu);
@@ -115,11 +125,13 @@ struct RMSpropCentered : RMSprop<T> {
   ADAMFUSED_HD static RMSpropCentered prepare(const RMSpropHyper& h, double lr, double t) {
     return {RMSprop<T>::prepare(h, lr, t)};
   }
-  ADAMFUSED_HD static T spread(T v, T mean) {
-    T d = v - mean * mean;
+  template <class N>
+  ADAMFUSED_HD static N spread(N v, N mean) {
+    N d = v - mean * mean;
     return d < T(0) ? T(0) : d;
   }
-  ADAMFUSED_HD void operator()(T& p, T g, T& v, T& mean) const {
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& v, N& mean) const {
     g = directed(p, g, this->sign, this->l2);
     v = average(v, g * g, this->w);
     mean = average(mean, g, this->w);
@@ -134,7 +146,8 @@ struct RMSpropCenteredMomentum : RMSpropCentered<T> {
   ADAMFUSED_HD static RMSpropCenteredMomentum prepare(const RMSpropHyper& h, double lr, double t) {
     return {RMSpropCentered<T>::prepare(h, lr, t)};
   }
-  ADAMFUSED_HD void operator()(T& p, T g, T& v, T& buf, T& mean) const {
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& v, N& buf, N& mean) const {
     g = directed(p, g, this->sign, this->l2);
     v = average(v, g * g, this->w);
     mean = average(mean, g, this->w);
@@ -170,11 +183,13 @@ struct Adam {
             T(1.0 / root(c2)),
             T(h.eps)};
   }
-  ADAMFUSED_HD T moved(T p, T m, T v) const {
-    T move = step_size * (m / (root(v) * inv_root_c2 + eps));
+  template <class N>
+  ADAMFUSED_HD N moved(N p, N m, N v) const {
+    N move = step_size * (m / (root(v) * inv_root_c2 + eps));
     return p - (decay != T(0) ? decay * p + move : move);
   }
-  ADAMFUSED_HD void operator()(T& p, T g, T& m, T& v) const {
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
     g = directed(p, g, sign, l2);
     m = average(m, g, w1);
     v = average(v, g * g, w2);
@@ -188,7 +203,8 @@ struct AmsGrad : Adam<T> {
   static constexpr int states = 3;
 
   ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, double lr, double t) { return {Adam<T>::prepare(h, lr, t)}; }
-  ADAMFUSED_HD void operator()(T& p, T g, T& m, T& v, T& top) const {
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v, N& top) const {
     g = directed(p, g, this->sign, this->l2);
     m = average(m, g, this->w1);
     v = average(v, g * g, this->w2);

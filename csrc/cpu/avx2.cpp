@@ -1,5 +1,6 @@
 // Compiled with -mavx2.
 #define ADAMFUSED_TARGET avx2
+#define ADAMFUSED_VECTOR 32
 #include "cpu/drive.h"
 
 namespace adamfused {

@@ -1,5 +1,6 @@
 // Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512.
 #define ADAMFUSED_TARGET avx512
+#define ADAMFUSED_VECTOR 64
 #include "cpu/drive.h"
 
 namespace adamfused {

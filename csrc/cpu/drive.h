@@ -1,8 +1,8 @@
-// The loop over tiles on a CPU. Each instruction set's file defines ADAMFUSED_TARGET and includes this.
+// The loop over tiles on a CPU. Each instruction set's file defines ADAMFUSED_TARGET and
+// ADAMFUSED_VECTOR, the bytes of its widest vector, and includes this.
 #pragma once
 
 #include "cpu/isa.h"
-#include "tile.h"
 
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
@@ -52,7 +52,56 @@ void put(FormatId format, void* data, int64_t at, int n, const T* from) {
   }
 }
 
-constexpr int kAhead = 4;  // tensors
+// What comes is asked for this many bytes ahead. The processor's own prefetching ends with each page of memory, and a
+// rule has so many instructions that the next page is not in sight when it does.
+constexpr int kAhead = 512;
+
+// One line (64 bytes of T) of every part: all is read before anything is written. Large tensors begin at the same place
+// of a page, and some first-level caches cannot hold such lines side by side (AMD's tell ways apart by a few bits of
+// the address); going back and forth between halves of lines would fetch each one twice.
+template <class T, class Rule>
+inline void move_line(const Rule& rule, T* const* part, int64_t at) {
+  typedef T Vector __attribute__((vector_size(ADAMFUSED_VECTOR)));
+  typedef T Anywhere __attribute__((vector_size(ADAMFUSED_VECTOR), aligned(sizeof(T)), may_alias));
+  constexpr int parts = kState + Rule::states, vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
+  Vector x[kSlots][vectors];
+  for (int k = 0; k < parts; ++k)
+    for (int j = 0; j < vectors; ++j) x[k][j] = *reinterpret_cast<const Anywhere*>(part[k] + at + j * lanes);
+  for (int j = 0; j < vectors; ++j) {
+    Vector &p = x[kParam][j], &g = x[kGrad][j], &a = x[kState][j], &b = x[kState + 1][j], &c = x[kState + 2][j];
+    if constexpr (Rule::states == 1) rule(p, g, a);
+    if constexpr (Rule::states == 2) rule(p, g, a, b);
+    if constexpr (Rule::states == 3) rule(p, g, a, b, c);
+  }
+  for (int k = 0; k < parts; ++k)
+    if (k != kGrad)
+      for (int j = 0; j < vectors; ++j) *reinterpret_cast<Anywhere*>(part[k] + at + j * lanes) = x[k][j];
+}
+
+template <class T, class Rule>
+void move_lines(const Rule rule, int n, T* const* where) {
+  constexpr int parts = kState + Rule::states, line = 64 / sizeof(T);
+  T* part[parts];
+  for (int k = 0; k < parts; ++k) part[k] = where[k];
+  int i = 0;
+  for (; i + line <= n; i += line) {
+    for (int k = 0; k < parts; ++k) __builtin_prefetch(reinterpret_cast<const char*>(part[k] + i) + kAhead);
+    move_line(rule, part, i);
+  }
+  if (i == n) return;
+  T rest[parts][line];
+  T* at[parts];
+  for (int k = 0; k < parts; ++k) {
+    at[k] = rest[k];
+    for (int j = 0; j < line; ++j) rest[k][j] = T(0);
+    __builtin_memcpy(rest[k], part[k] + i, (n - i) * sizeof(T));
+  }
+  move_line(rule, at, 0);
+  for (int k = 0; k < parts; ++k)
+    if (k != kGrad) __builtin_memcpy(part[k] + i, rest[k], (n - i) * sizeof(T));
+}
+
+constexpr int kAheadTensors = 4;
 
 template <template <class> class Rule, class T>
 void run(const Job& job, int64_t begin, int64_t end) {
@@ -70,13 +119,13 @@ void run(const Job& job, int64_t begin, int64_t end) {
     const Span& span = job.spans[s];
     const Rule<T> rule = rules[span.recipe];
     int64_t last = job.first_tile[s + 1] < end ? job.first_tile[s + 1] : end;
-    if (s + kAhead < job.count)  // a small tensor is over before the processor has seen where the next one lies
-      for (int i = 0; i < parts; ++i) __builtin_prefetch(job.spans[s + kAhead].data[i]);
+    if (s + kAheadTensors < job.count)  // a small tensor is over before the processor has seen where the next one lies
+      for (int i = 0; i < parts; ++i) __builtin_prefetch(job.spans[s + kAheadTensors].data[i]);
     for (; tile < last; ++tile) {
       int64_t start = (tile - job.first_tile[s]) * kTile;
       int n = int(span.numel - start < kTile ? span.numel - start : kTile);
       for (int i = 0; i < parts; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
-      move_tile(rule, n, at[kParam], at[kGrad], at[kState], at[kState + 1], at[kState + 2]);
+      move_lines<T>(rule, n, at);
       for (int i = 0; i < parts; ++i)
         if (i != kGrad) put<T>(span.format[i], span.data[i], start, n, at[i]);
     }

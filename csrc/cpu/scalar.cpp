@@ -1,5 +1,6 @@
 // Compiled with the baseline of the architecture; what the compiler vectorises within that, it may.
 #define ADAMFUSED_TARGET scalar
+#define ADAMFUSED_VECTOR 16
 #include "cpu/drive.h"
 
 namespace adamfused {
