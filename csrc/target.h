@@ -1,4 +1,4 @@
-// What differs between the compilers that read the shared headers (rules.h, formats.h, tile.h, job.h).
+// What differs between the compilers that read the shared headers (rules.h, formats.h, job.h).
 //
 // A file defines ADAMFUSED_TARGET before it includes them, and everything they hold lands in the namespace
 // adamfused::ADAMFUSED_TARGET. Without that, the linker would keep one copy of an inline function for all
@@ -22,3 +22,33 @@
 #define ADAMFUSED_UNROLL
 #endif
 #define ADAMFUSED_RESTRICT __restrict__
+
+namespace adamfused {
+namespace ADAMFUSED_TARGET {
+
+// A float's bits as a number, and back.
+ADAMFUSED_HD uint32_t bits_of(float x) {
+  uint32_t b;
+  __builtin_memcpy(&b, &x, sizeof b);
+  return b;
+}
+ADAMFUSED_HD float float_of(uint32_t b) {
+  float x;
+  __builtin_memcpy(&x, &b, sizeof x);
+  return x;
+}
+
+#ifdef ADAMFUSED_VECTOR  // bytes: what a file of csrc/cpu/ works on at once
+template <class T>
+struct Vectors {
+  typedef T Type __attribute__((vector_size(ADAMFUSED_VECTOR)));
+};
+template <class T>
+using Vector = typename Vectors<T>::Type;
+
+inline Vector<uint32_t> bits_of(Vector<float> x) { return (Vector<uint32_t>)x; }
+inline Vector<float> float_of(Vector<uint32_t> b) { return (Vector<float>)b; }
+#endif
+
+}  // namespace ADAMFUSED_TARGET
+}  // namespace adamfused

@@ -56,49 +56,95 @@ void put(FormatId format, void* data, int64_t at, int n, const T* from) {
 // rule has so many instructions that the next page is not in sight when it does.
 constexpr int kAhead = 512;
 
+// The format of a part that rests as the number that the rule computes with.
+template <class T>
+struct AsIs {
+  using Rest = T;
+};
+
+template <class T>
+using Anywhere __attribute__((aligned(1), may_alias)) = Vector<T>;
+
+// As many numbers as a vector of T's holds, from memory and back.
+template <class T, class Format>
+Vector<T> load(const typename Format::Rest* from) {
+  if constexpr (same<Format, AsIs<T>>) {
+    return *reinterpret_cast<const Anywhere<T>*>(from);
+  } else {
+    Vector<uint32_t> word;
+    for (size_t i = 0; i < sizeof word / sizeof word[0]; ++i) word[i] = from[i];
+    return float_of(Format::widen(word));
+  }
+}
+
+template <class T, class Format>
+void store(Vector<T> x, typename Format::Rest* to) {
+  if constexpr (same<Format, AsIs<T>>) {
+    *reinterpret_cast<Anywhere<T>*>(to) = x;
+  } else {
+    Vector<uint32_t> word = Format::narrow(bits_of(x));
+    for (size_t i = 0; i < sizeof word / sizeof word[0]; ++i) to[i] = uint16_t(word[i]);
+  }
+}
+
+// What is worked on: the parameter and the gradient as they rest, the states as T.
+template <class T, class P, class G>
+struct Parts {
+  typename P::Rest* p;
+  const typename G::Rest* g;
+  T *a, *b, *c;
+};
+
 // One line (64 bytes of T) of every part: all is read before anything is written. Large tensors begin at the same place
 // of a page, and some first-level caches cannot hold such lines side by side (AMD's tell ways apart by a few bits of
 // the address); going back and forth between halves of lines would fetch each one twice.
-template <class T, class Rule>
-inline void move_line(const Rule& rule, T* const* part, int64_t at) {
-  typedef T Vector __attribute__((vector_size(ADAMFUSED_VECTOR)));
-  typedef T Anywhere __attribute__((vector_size(ADAMFUSED_VECTOR), aligned(sizeof(T)), may_alias));
-  constexpr int parts = kState + Rule::states, vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
-  Vector x[kSlots][vectors];
-  for (int k = 0; k < parts; ++k)
-    for (int j = 0; j < vectors; ++j) x[k][j] = *reinterpret_cast<const Anywhere*>(part[k] + at + j * lanes);
+template <class T, class P, class G, class Rule>
+inline void move_line(const Rule& rule, const Parts<T, P, G>& at, int64_t i) {
+  constexpr int vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
+  Vector<T> p[vectors], g[vectors], a[vectors], b[vectors], c[vectors];
+  for (int j = 0; j < vectors; ++j) g[j] = load<T, G>(at.g + i + j * lanes);
+  for (int j = 0; j < vectors; ++j) p[j] = load<T, P>(at.p + i + j * lanes);
+  for (int j = 0; j < vectors; ++j) a[j] = load<T, AsIs<T>>(at.a + i + j * lanes);
+  for (int j = 0; j < vectors && Rule::states > 1; ++j) b[j] = load<T, AsIs<T>>(at.b + i + j * lanes);
+  for (int j = 0; j < vectors && Rule::states > 2; ++j) c[j] = load<T, AsIs<T>>(at.c + i + j * lanes);
   for (int j = 0; j < vectors; ++j) {
-    Vector &p = x[kParam][j], &g = x[kGrad][j], &a = x[kState][j], &b = x[kState + 1][j], &c = x[kState + 2][j];
-    if constexpr (Rule::states == 1) rule(p, g, a);
-    if constexpr (Rule::states == 2) rule(p, g, a, b);
-    if constexpr (Rule::states == 3) rule(p, g, a, b, c);
+    if constexpr (Rule::states == 1) rule(p[j], g[j], a[j]);
+    if constexpr (Rule::states == 2) rule(p[j], g[j], a[j], b[j]);
+    if constexpr (Rule::states == 3) rule(p[j], g[j], a[j], b[j], c[j]);
   }
-  for (int k = 0; k < parts; ++k)
-    if (k != kGrad)
-      for (int j = 0; j < vectors; ++j) *reinterpret_cast<Anywhere*>(part[k] + at + j * lanes) = x[k][j];
+  for (int j = 0; j < vectors; ++j) store<T, AsIs<T>>(a[j], at.a + i + j * lanes);
+  for (int j = 0; j < vectors && Rule::states > 1; ++j) store<T, AsIs<T>>(b[j], at.b + i + j * lanes);
+  for (int j = 0; j < vectors && Rule::states > 2; ++j) store<T, AsIs<T>>(c[j], at.c + i + j * lanes);
+  for (int j = 0; j < vectors; ++j) store<T, P>(p[j], at.p + i + j * lanes);
 }
 
-template <class T, class Rule>
-void move_lines(const Rule rule, int n, T* const* where) {
-  constexpr int parts = kState + Rule::states, line = 64 / sizeof(T);
-  T* part[parts];
-  for (int k = 0; k < parts; ++k) part[k] = where[k];
+inline void ask_for(const void* x) { __builtin_prefetch(static_cast<const char*>(x) + kAhead); }
+
+template <class T, class P, class G, class Rule>
+void move_lines(const Rule rule, const Parts<T, P, G> at, int n) {
+  constexpr int line = 64 / sizeof(T);
   int i = 0;
   for (; i + line <= n; i += line) {
-    for (int k = 0; k < parts; ++k) __builtin_prefetch(reinterpret_cast<const char*>(part[k] + i) + kAhead);
-    move_line(rule, part, i);
+    ask_for(at.g + i), ask_for(at.p + i), ask_for(at.a + i);
+    if constexpr (Rule::states > 1) ask_for(at.b + i);
+    if constexpr (Rule::states > 2) ask_for(at.c + i);
+    move_line(rule, at, i);
   }
-  if (i == n) return;
-  T rest[parts][line];
-  T* at[parts];
-  for (int k = 0; k < parts; ++k) {
-    at[k] = rest[k];
-    for (int j = 0; j < line; ++j) rest[k][j] = T(0);
-    __builtin_memcpy(rest[k], part[k] + i, (n - i) * sizeof(T));
-  }
-  move_line(rule, at, 0);
-  for (int k = 0; k < parts; ++k)
-    if (k != kGrad) __builtin_memcpy(part[k] + i, rest[k], (n - i) * sizeof(T));
+  const size_t left = n - i;
+  if (left == 0) return;
+  typename P::Rest p[line] = {};
+  typename G::Rest g[line] = {};
+  T a[line] = {}, b[line] = {}, c[line] = {};
+  __builtin_memcpy(p, at.p + i, left * sizeof p[0]);
+  __builtin_memcpy(g, at.g + i, left * sizeof g[0]);
+  __builtin_memcpy(a, at.a + i, left * sizeof(T));
+  if constexpr (Rule::states > 1) __builtin_memcpy(b, at.b + i, left * sizeof(T));
+  if constexpr (Rule::states > 2) __builtin_memcpy(c, at.c + i, left * sizeof(T));
+  move_line<T, P, G>(rule, {p, g, a, b, c}, 0);
+  __builtin_memcpy(at.p + i, p, left * sizeof p[0]);
+  __builtin_memcpy(at.a + i, a, left * sizeof(T));
+  if constexpr (Rule::states > 1) __builtin_memcpy(at.b + i, b, left * sizeof(T));
+  if constexpr (Rule::states > 2) __builtin_memcpy(at.c + i, c, left * sizeof(T));
 }
 
 constexpr int kAheadTensors = 4;
@@ -119,15 +165,33 @@ void run(const Job& job, int64_t begin, int64_t end) {
     const Span& span = job.spans[s];
     const Rule<T> rule = rules[span.recipe];
     int64_t last = job.first_tile[s + 1] < end ? job.first_tile[s + 1] : end;
+    // Parameters and gradients of these formats go to registers and back; any other than T goes by way of a buffer.
+    auto is = [&span](FormatId format) {
+      return sizeof(T) == sizeof(float) && span.format[kParam] == format && span.format[kGrad] == format;
+    };
     if (s + kAheadTensors < job.count)  // a small tensor is over before the processor has seen where the next one lies
       for (int i = 0; i < parts; ++i) __builtin_prefetch(job.spans[s + kAheadTensors].data[i]);
     for (; tile < last; ++tile) {
       int64_t start = (tile - job.first_tile[s]) * kTile;
       int n = int(span.numel - start < kTile ? span.numel - start : kTile);
-      for (int i = 0; i < parts; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
-      move_lines<T>(rule, n, at);
-      for (int i = 0; i < parts; ++i)
-        if (i != kGrad) put<T>(span.format[i], span.data[i], start, n, at[i]);
+      for (int i = kState; i < parts; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
+      T *a = at[kState], *b = at[kState + 1], *c = at[kState + 2];
+      auto as_they_rest = [&](auto format) {
+        using Format = decltype(format);
+        auto* p = static_cast<typename Format::Rest*>(span.data[kParam]) + start;
+        auto* g = static_cast<const typename Format::Rest*>(span.data[kGrad]) + start;
+        if constexpr (sizeof(T) == sizeof(float)) move_lines<T, Format, Format>(rule, {p, g, a, b, c}, n);
+      };
+      if (is(FormatId::BF16)) {
+        as_they_rest(BF16{});
+      } else if (is(FormatId::F16)) {
+        as_they_rest(F16{});
+      } else {
+        for (int i = 0; i < kState; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
+        move_lines<T, AsIs<T>, AsIs<T>>(rule, {at[kParam], at[kGrad], a, b, c}, n);
+        put<T>(span.format[kParam], span.data[kParam], start, n, at[kParam]);
+      }
+      for (int i = kState; i < parts; ++i) put<T>(span.format[i], span.data[i], start, n, at[i]);
     }
   }
 }

@@ -2,7 +2,7 @@
 // get -> rule -> put, on E elements a thread, with 16-byte accesses where the tensors are aligned.
 #pragma once
 
-#include "tile.h"
+#include "job.h"
 
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
@@ -41,6 +41,18 @@ struct Arguments {
   uint32_t first_tile[entries + 1];
   int32_t count;
 };
+
+// n elements through a rule.
+template <class Rule, class T>
+ADAMFUSED_HD void move_tile(const Rule& rule, int n, T* ADAMFUSED_RESTRICT p, const T* ADAMFUSED_RESTRICT g,
+                            T* ADAMFUSED_RESTRICT a, T* ADAMFUSED_RESTRICT b, T* ADAMFUSED_RESTRICT c) {
+  ADAMFUSED_UNROLL
+  for (int i = 0; i < n; ++i) {
+    if constexpr (Rule::states == 1) rule(p[i], g[i], a[i]);
+    if constexpr (Rule::states == 2) rule(p[i], g[i], a[i], b[i]);
+    if constexpr (Rule::states == 3) rule(p[i], g[i], a[i], b[i], c[i]);
+  }
+}
 
 // N bytes between memory and registers, by the widest accesses that divide them.
 template <int N>
