@@ -39,6 +39,7 @@ class Gatherer {
   std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys) {
     std::vector<Found> all;
     all.reserve(params.size());
+    held_.reserve(held_.size() + params.size() * (kSlots + 1));
     const size_t states = keys.size();
     for (size_t i = 0; i < params.size(); ++i) {  // the size is asked anew each time: init runs user code
       PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
@@ -54,10 +55,18 @@ class Gatherer {
           entry = entry_of(object);
         }
         if (entry != nullptr && PyDict_Check(entry)) {
-          found.count = hold_tensor(checked(PyDict_GetItemWithError(entry, step_key_.ptr())));
+          // The entries as optimizers make them: step first, then the states in the rule's order.
+          PyObject *key = nullptr, *value = nullptr;
+          Py_ssize_t at = 0;
+          auto next_is = [&](PyObject* wanted) { return PyDict_Next(entry, &at, &key, &value) && key == wanted; };
+          auto look_up = [&](PyObject* wanted) {
+            if (at >= 0 && next_is(wanted)) return value;
+            at = -1;  // another order, or keys that are equal but not the same: the usual way
+            return checked(PyDict_GetItemWithError(entry, wanted));
+          };
+          found.count = hold_tensor(look_up(step_key_.ptr()));
           for (size_t k = 0; k < states; ++k)
-            found.parts[kState + k] =
-                hold_tensor(checked(PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(keys.ptr(), k))));
+            found.parts[kState + k] = hold_tensor(look_up(PyTuple_GET_ITEM(keys.ptr(), k)));
         }
       }
       all.push_back(found);
@@ -114,7 +123,9 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
     const size_t parts = kState + keys.size();
 
-    for (Found& found : gatherer.gather(j, params, keys)) {
+    std::vector<Found> found_here = gatherer.gather(j, params, keys);
+    work.expect(found_here.size());
+    for (Found& found : found_here) {
       bool moves = found.count != nullptr;
       for (size_t k = 0; k < parts; ++k) moves &= found.parts[k] != nullptr;
       if (moves && work.add(group, found.parts, *found.count)) continue;

@@ -95,47 +95,61 @@ using Parts = std::array<const at::Tensor*, kSlots>;
 
 class Step {
  public:
-  // Notes one tensor, or says that it is not for these kernels. Writes nothing.
-  bool add(const Group& group, Parts parts, const at::Tensor& step) {
+  void expect(size_t params) {
+    const size_t now = counted_.size() + params;
+    counted_.reserve(now);
+    bumped_.reserve(now * kSlots);
+  }
+
+  // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
+  __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step) {
     const RuleFacts& facts = kRuleFacts[group.rule];
     const int count = kState + facts.states;
+    std::array<Seen, kSlots> seen;
+    Span span;
+    for (int k = 0; k < count; ++k)
+      if (!look(*parts[k], k != kGrad, seen[k])) return false;
     const at::Tensor& p = *parts[kParam];
     const at::Device device = p.device();
-    Span span{};
+    bool contiguous = true, apart = true;
     for (int k = 0; k < count; ++k) {
       const at::Tensor& t = *parts[k];
-      if (!has_memory(t) || t.device() != device || t.is_complex() != p.is_complex() || t.sizes() != p.sizes() ||
+      if (t.device() != device || t.is_complex() != p.is_complex() || !same_sizes(seen[k], seen[kParam]) ||
           !find_format(t.scalar_type(), span.format[k]))
         return false;
+      if (k != kGrad && seen[k].impl->is_inference() && !c10::InferenceMode::is_enabled()) return false;
+      contiguous &= seen[k].contiguous && !seen[k].turned;
+      for (int j = 0; j < k; ++j) apart &= !seen[j].extent.meets(seen[k].extent);
     }
-    if (!(device.is_cpu() || (device.is_cuda() && kWithCuda)) || !has_memory(step) || step.numel() != 1) return false;
+    Seen counter;
+    if (!(device.is_cpu() || (device.is_cuda() && kWithCuda)) || !look(step, true, counter) || counter.numel != 1)
+      return false;
 
-    const int64_t numel = p.numel();
-    const bool dense = p.is_contiguous() || p.is_non_overlapping_and_dense();
-    std::array<bool, kSlots> in_place{};
-    for (int k = 0; k < count; ++k) {
-      const at::Tensor& t = *parts[k];
-      in_place[k] = !t.is_conj() && !t.is_neg() && (numel <= 1 || (dense && same_order(t, p)));
-      if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
-      if (k != kGrad && t.is_inference() && !c10::InferenceMode::is_enabled()) return false;
+    const int64_t numel = seen[kParam].numel;
+    std::array<bool, kSlots> in_place{true, true, true, true, true};
+    bool dense = true;
+    if (!contiguous) {
+      dense = seen[kParam].contiguous || p.is_non_overlapping_and_dense();
+      for (int k = 0; k < count; ++k) {
+        const at::Tensor& t = *parts[k];
+        in_place[k] = !seen[k].turned && (numel <= 1 || (dense && same_order(t, p)));
+        if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
+      }
     }
-    std::array<Extent, kSlots> extent;
-    for (int k = 0; k < count; ++k) {
-      extent[k] = extent_of(*parts[k]);
+    for (int k = 1; k < count && !apart; ++k)
       for (int j = 0; j < k; ++j)
-        if (extent[j].meets(extent[k]) && same_memory(*parts[j], *parts[k])) {
+        if (seen[j].extent.meets(seen[k].extent) && same_memory(seen[j], seen[k])) {
           if (j != kGrad && k != kGrad) return false;
           in_place[kGrad] = false;  // it is read while the other is written
         }
-    }
 
-    const bool on_device = !step.is_cpu();
-    Count counted{step.mutable_data_ptr(), step.scalar_type(), 0, 0};
+    const bool on_device = step.device() != at::kCPU;
+    Count counted{const_cast<char*>(counter.extent.begin), step.scalar_type(), 0, 0};
     if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.advance()) return false;
     if (!on_device) counted_.push_back(counted);
-    bumped_.push_back(step.unsafeGetTensorImpl());
+    bumped_.push_back(counter.impl);
     for (int k = 0; k < count; ++k)
-      if (k != kGrad) bumped_.push_back(parts[k]->unsafeGetTensorImpl());
+      if (k != kGrad) bumped_.push_back(seen[k].impl);
 
     span.numel = numel * (p.is_complex() ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
@@ -144,16 +158,18 @@ class Step {
     span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.after, facts);
 
     bool alone = !in_place[kParam];
-    for (const Alone& other : alone_) alone |= extent[kParam].meets(extent_of(other.tensors[kParam]));
+    for (const Alone& other : alone_) alone |= seen[kParam].extent.meets(other.extent);
     if (alone) {
-      Alone& each = alone_.emplace_back(Alone{b, span, {}, in_place, dense});
+      Alone& each = alone_.emplace_back(Alone{b, span, seen[kParam].extent, {}, in_place, dense});
       for (int k = 0; k < count; ++k) each.tensors[k] = *parts[k];
       return true;
     }
     for (int k = 0; k < count; ++k) {
-      const at::Tensor* t = parts[k];
-      if (!in_place[k]) t = &copied_.emplace_back(k == kGrad ? at::Tensor() : *t, copy_of(*t, p, dense)).second;
-      span.data[k] = k == kGrad ? const_cast<void*>(t->const_data_ptr()) : t->mutable_data_ptr();
+      span.data[k] = const_cast<char*>(seen[k].extent.begin);
+      if (in_place[k]) continue;
+      const at::Tensor& t = *parts[k];
+      span.data[k] =
+          copied_.emplace_back(k == kGrad ? at::Tensor() : t, copy_of(t, p, dense)).second.mutable_data_ptr();
     }
     span.aligned = is_aligned(span, count);
     bucket.spans.push_back(span);
@@ -255,6 +271,7 @@ class Step {
   struct Alone {
     size_t bucket;
     Span span;
+    Extent extent;  // of the parameter
     std::array<at::Tensor, kSlots> tensors;
     std::array<bool, kSlots> in_place;
     bool dense;

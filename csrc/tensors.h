@@ -34,45 +34,59 @@ constexpr c10::DispatchKeySet kStandsForAnother =
     c10::python_ks | c10::DispatchKeySet({c10::DispatchKey::ZeroTensor, c10::DispatchKey::Functionalize,
                                           c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
 
-// Memory that a kernel may be pointed at: a plain strided tensor whose storage holds all of it.
-bool has_memory(const at::Tensor& t) {
-  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  if (!t.defined() || impl->key_set().has_any(kStandsForAnother) || impl->layout() != at::kStrided) return false;
-  const int64_t numel = impl->numel();
-  const c10::Storage& storage = impl->unsafe_storage();
-  if (numel == 0 || !storage) return numel == 0;
-  const size_t size = impl->itemsize();
-  const size_t needed = impl->is_contiguous()
-                            ? size_t(impl->storage_offset() + numel) * size
-                            : at::detail::computeStorageNbytes(t.sizes(), t.strides(), size, t.storage_offset());
-  return needed <= storage.nbytes();
-}
-
-bool same_order(const at::Tensor& a, const at::Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
-// The memory from a tensor's first element to its last.
+// The memory from a tensor's first element to past its last.
 struct Extent {
   const char *begin, *end;
   bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
 
-Extent extent_of(const at::Tensor& t) {
-  const char* begin = static_cast<const char*>(t.const_data_ptr());
-  if (t.numel() == 0) return {nullptr, nullptr};
-  if (t.is_contiguous()) return {begin, begin + size_t(t.numel()) * t.element_size()};
-  return {begin, begin + at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size())};
+// What the step asks of a tensor, read once: there are thousands of tensors, and each question has its price.
+struct Seen {
+  at::TensorImpl* impl;
+  Extent extent;
+  int64_t numel;
+  bool contiguous;
+  bool turned;  // lazily conjugated or negated
+};
+
+// Whether a kernel may be pointed at a tensor: a plain strided one whose storage holds all of it. `written` tells
+// whether it will be written, which a storage that several tensors share until then (copy on write) must know.
+bool look(const at::Tensor& t, bool written, Seen& seen) {
+  at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (!t.defined() || impl->key_set().has_any(kStandsForAnother) || impl->layout() != at::kStrided) return false;
+  const c10::Storage& storage = impl->unsafe_storage();
+  const int64_t numel = impl->numel();
+  seen = {impl, {nullptr, nullptr}, numel, impl->is_contiguous(), t.is_conj() || t.is_neg()};
+  if (numel == 0) return true;
+  if (!storage) return false;
+  const size_t size = impl->itemsize(), first = size_t(impl->storage_offset()) * size;
+  const size_t length =
+      seen.contiguous ? size_t(numel) * size : at::detail::computeStorageNbytes(t.sizes(), t.strides(), size);
+  if (first + length > storage.nbytes()) return false;
+  const void* data = written ? storage.mutable_data() : storage.data();
+  seen.extent.begin = static_cast<const char*>(data) + first;
+  seen.extent.end = seen.extent.begin + length;
+  return true;
+}
+
+bool same_sizes(const Seen& a, const Seen& b) {
+  const at::IntArrayRef x = a.impl->sizes(), y = b.impl->sizes();
+  bool same = x.size() == y.size();
+  for (size_t d = 0; same && d < x.size(); ++d) same = x[d] == y[d];
+  return same;
+}
+
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
 }
 
 // Whether two tensors whose extents meet share memory. Of two with holes, which may lie in each other's, only whether
 // they begin at the same place.
-bool same_memory(const at::Tensor& a, const at::Tensor& b) {
-  auto dense = [](const at::Tensor& t) { return t.is_contiguous() || t.is_non_overlapping_and_dense(); };
-  return dense(a) || dense(b) || a.const_data_ptr() == b.const_data_ptr();
+bool same_memory(const Seen& a, const Seen& b) {
+  auto dense = [](const Seen& t) { return t.contiguous || t.impl->is_non_overlapping_and_dense(); };
+  return dense(a) || dense(b) || a.extent.begin == b.extent.begin;
 }
 
 // Whether two elements may share memory. Told from strides: each must step over all that the smaller ones reach.
