@@ -33,6 +33,7 @@ ADAMFUSED_HD size_t size_of(FormatId format) {
 
 // One tensor. All its parts lie in memory in the same order, without holes.
 struct Span {
+  Span() {}  // else a list of them would be filled with zeros first
   void* data[kSlots];
   FormatId format[kSlots];
   bool aligned;    // every part begins at a multiple of 16 bytes

@@ -95,47 +95,42 @@ using Parts = std::array<const at::Tensor*, kSlots>;
 
 class Step {
  public:
+  // That so many parameters will be added.
   void expect(size_t params) {
-    const size_t now = counted_.size() + params;
-    counted_.reserve(now);
-    bumped_.reserve(now * kSlots);
+    expected_ = params;
+    counted_.reserve(counted_.size() + params);
+    bumped_.reserve(bumped_.size() + params * kSlots);
   }
 
   // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
   __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step) {
     const RuleFacts& facts = kRuleFacts[group.rule];
     const int count = kState + facts.states;
-    std::array<Seen, kSlots> seen;
-    Span span;
-    for (int k = 0; k < count; ++k)
-      if (!look(*parts[k], k != kGrad, seen[k])) return false;
+    Seen seen[kSlots], counter;
+    const Seen& param = seen[kParam];
     const at::Tensor& p = *parts[kParam];
-    const at::Device device = p.device();
-    bool contiguous = true, apart = true;
-    for (int k = 0; k < count; ++k) {
-      const at::Tensor& t = *parts[k];
-      if (t.device() != device || t.is_complex() != p.is_complex() || !same_sizes(seen[k], seen[kParam]) ||
-          !find_format(t.scalar_type(), span.format[k]))
-        return false;
-      if (k != kGrad && seen[k].impl->is_inference() && !c10::InferenceMode::is_enabled()) return false;
-      contiguous &= seen[k].contiguous && !seen[k].turned;
-      for (int j = 0; j < k; ++j) apart &= !seen[j].extent.meets(seen[k].extent);
-    }
-    Seen counter;
-    if (!(device.is_cpu() || (device.is_cuda() && kWithCuda)) || !look(step, true, counter) || counter.numel != 1)
-      return false;
-
-    const int64_t numel = seen[kParam].numel;
-    std::array<bool, kSlots> in_place{true, true, true, true, true};
-    bool dense = true;
-    if (!contiguous) {
-      dense = seen[kParam].contiguous || p.is_non_overlapping_and_dense();
+    if (!look(p, true, seen[kParam]) || !param.has_format) return false;
+    if (!(param.device.is_cpu() || (param.device.is_cuda() && kWithCuda))) return false;
+    const at::Device device = param.device;
+    const bool is_complex = at::isComplexType(param.type);
+    bool usual = param.contiguous && !param.turned && !param.inference, dense = true;
+    for (int k = 1; k < count && usual; ++k) usual = look_alike(*parts[k], k != kGrad, param, seen[k]);
+    bool in_place[kSlots] = {true, true, true, true, true};
+    if (!usual) {
+      dense = param.contiguous || p.is_non_overlapping_and_dense();
       for (int k = 0; k < count; ++k) {
         const at::Tensor& t = *parts[k];
-        in_place[k] = !seen[k].turned && (numel <= 1 || (dense && same_order(t, p)));
+        if (!look(t, k != kGrad, seen[k]) || !seen[k].has_format || seen[k].device != device ||
+            at::isComplexType(seen[k].type) != is_complex || !same_sizes(seen[k].impl, param.impl))
+          return false;
+        if (k != kGrad && seen[k].inference && !c10::InferenceMode::is_enabled()) return false;
+        in_place[k] = !seen[k].turned && (param.numel <= 1 || (dense && same_order(t, p)));
         if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
       }
     }
+    bool apart = true;
+    for (int k = 1; k < count; ++k)
+      for (int j = 0; j < k; ++j) apart &= !seen[j].extent.meets(seen[k].extent);
     for (int k = 1; k < count && !apart; ++k)
       for (int j = 0; j < k; ++j)
         if (seen[j].extent.meets(seen[k].extent) && same_memory(seen[j], seen[k])) {
@@ -143,36 +138,39 @@ class Step {
           in_place[kGrad] = false;  // it is read while the other is written
         }
 
-    const bool on_device = step.device() != at::kCPU;
-    Count counted{const_cast<char*>(counter.extent.begin), step.scalar_type(), 0, 0};
-    if (on_device ? step.device() != device || counted.type != at::kFloat : !counted.advance()) return false;
+    if (!look(step, true, counter) || counter.numel != 1) return false;
+    const bool on_device = !counter.device.is_cpu();
+    Count counted{const_cast<char*>(counter.extent.begin), counter.type, 0, 0};
+    if (on_device ? counter.device != device || counted.type != at::kFloat : !counted.advance()) return false;
     if (!on_device) counted_.push_back(counted);
     bumped_.push_back(counter.impl);
     for (int k = 0; k < count; ++k)
       if (k != kGrad) bumped_.push_back(seen[k].impl);
 
-    span.numel = numel * (p.is_complex() ? 2 : 1);
-    span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
-    const size_t b = bucket_for(device, group.rule, span.format[kParam] == FormatId::F64);
+    const size_t b = bucket_for(device, group.rule, param.format == FormatId::F64);
     Bucket& bucket = buckets_[b];
+    Span& span = bucket.spans.emplace_back();
+    for (int k = 0; k < count; ++k)
+      span.data[k] = const_cast<char*>(seen[k].extent.begin), span.format[k] = seen[k].format;
+    span.numel = param.numel * (is_complex ? 2 : 1);
+    span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
     span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.after, facts);
 
     bool alone = !in_place[kParam];
-    for (const Alone& other : alone_) alone |= seen[kParam].extent.meets(other.extent);
+    for (const Alone& other : alone_) alone |= param.extent.meets(other.extent);
     if (alone) {
-      Alone& each = alone_.emplace_back(Alone{b, span, seen[kParam].extent, {}, in_place, dense});
-      for (int k = 0; k < count; ++k) each.tensors[k] = *parts[k];
+      Alone& each = alone_.emplace_back(Alone{b, span, param.extent, {}, {}, dense});
+      bucket.spans.pop_back();
+      for (int k = 0; k < count; ++k) each.tensors[k] = *parts[k], each.in_place[k] = in_place[k];
       return true;
     }
     for (int k = 0; k < count; ++k) {
-      span.data[k] = const_cast<char*>(seen[k].extent.begin);
       if (in_place[k]) continue;
       const at::Tensor& t = *parts[k];
       span.data[k] =
           copied_.emplace_back(k == kGrad ? at::Tensor() : t, copy_of(t, p, dense)).second.mutable_data_ptr();
     }
     span.aligned = is_aligned(span, count);
-    bucket.spans.push_back(span);
     return true;
   }
 
@@ -248,6 +246,7 @@ class Step {
     for (size_t b = 0; b < buckets_.size(); ++b)
       if (buckets_[b].device == device && buckets_[b].rule == rule && buckets_[b].in_double == in_double) return b;
     buckets_.push_back(Bucket{device, rule, in_double, {}, {}, {}, nullptr, -1, 0, -1, {}});
+    buckets_.back().spans.reserve(expected_);
     return buckets_.size() - 1;
   }
 
@@ -273,7 +272,7 @@ class Step {
     Span span;
     Extent extent;  // of the parameter
     std::array<at::Tensor, kSlots> tensors;
-    std::array<bool, kSlots> in_place;
+    bool in_place[kSlots];
     bool dense;
   };
 
@@ -306,8 +305,8 @@ class Step {
     const int64_t tiles = first_tile.back();
     const Run run = isa().table[bucket.rule][bucket.in_double];
     if (tiles == 0) return;
-    // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 64 numbers.
-    const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 64 * tiles));
+    // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 16 numbers.
+    const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 16 * tiles));
     auto some = [&](int64_t begin, int64_t end) {
       DefaultArithmetic here;
       run(job, begin, end);
@@ -331,6 +330,7 @@ class Step {
     }
   }
 
+  size_t expected_ = 0;
   std::vector<Bucket> buckets_;
   std::vector<Alone> alone_;
   std::deque<std::pair<at::Tensor, at::Tensor>> copied_;  // (where it belongs or undefined, the copy that moves)

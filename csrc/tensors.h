@@ -40,28 +40,31 @@ struct Extent {
   bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
 
-// What the step asks of a tensor, read once: there are thousands of tensors, and each question has its price.
+// What the step asks of a tensor, read once.
 struct Seen {
   at::TensorImpl* impl;
-  Extent extent;
-  int64_t numel;
+  at::Device device = at::kCPU;
+  at::ScalarType type;
+  FormatId format;
+  bool has_format;
   bool contiguous;
-  bool turned;  // lazily conjugated or negated
+  bool turned;     // lazily conjugated or negated
+  bool inference;  // made in inference mode: may be written in it only
+  int64_t numel;
+  Extent extent;
 };
 
-// Whether a kernel may be pointed at a tensor: a plain strided one whose storage holds all of it. `written` tells
-// whether it will be written, which a storage that several tensors share until then (copy on write) must know.
-bool look(const at::Tensor& t, bool written, Seen& seen) {
-  at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  if (!t.defined() || impl->key_set().has_any(kStandsForAnother) || impl->layout() != at::kStrided) return false;
+// Finds where a tensor's elements lie, if its storage holds all of them. `written` tells whether it will be written,
+// which a storage that several tensors share until then (copy on write) must know.
+inline bool reach(at::TensorImpl* impl, bool written, Seen& seen) {
+  seen.impl = impl;
+  seen.extent = {nullptr, nullptr};
+  if (seen.numel == 0) return true;
   const c10::Storage& storage = impl->unsafe_storage();
-  const int64_t numel = impl->numel();
-  seen = {impl, {nullptr, nullptr}, numel, impl->is_contiguous(), t.is_conj() || t.is_neg()};
-  if (numel == 0) return true;
   if (!storage) return false;
   const size_t size = impl->itemsize(), first = size_t(impl->storage_offset()) * size;
-  const size_t length =
-      seen.contiguous ? size_t(numel) * size : at::detail::computeStorageNbytes(t.sizes(), t.strides(), size);
+  const size_t length = seen.contiguous ? size_t(seen.numel) * size
+                                        : at::detail::computeStorageNbytes(impl->sizes(), impl->strides(), size);
   if (first + length > storage.nbytes()) return false;
   const void* data = written ? storage.mutable_data() : storage.data();
   seen.extent.begin = static_cast<const char*>(data) + first;
@@ -69,11 +72,40 @@ bool look(const at::Tensor& t, bool written, Seen& seen) {
   return true;
 }
 
-bool same_sizes(const Seen& a, const Seen& b) {
-  const at::IntArrayRef x = a.impl->sizes(), y = b.impl->sizes();
+// Whether a kernel may be pointed at a tensor: a plain strided one whose storage holds all of it.
+inline bool look(const at::Tensor& t, bool written, Seen& seen) {
+  at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (!t.defined() || impl->key_set().has_any(kStandsForAnother) || impl->layout() != at::kStrided) return false;
+  seen.device = impl->device();
+  seen.type = impl->dtype().toScalarType();
+  seen.has_format = find_format(seen.type, seen.format);
+  seen.contiguous = impl->is_contiguous();
+  seen.turned = t.is_conj() || t.is_neg();
+  seen.inference = impl->is_inference();
+  seen.numel = impl->numel();
+  return reach(impl, written, seen);
+}
+
+inline bool same_sizes(const at::TensorImpl* a, const at::TensorImpl* b) {
+  const at::IntArrayRef x = a->sizes(), y = b->sizes();
   bool same = x.size() == y.size();
   for (size_t d = 0; same && d < x.size(); ++d) same = x[d] == y[d];
   return same;
+}
+
+// The same of a gradient or state that is as they usually are, with few questions, because a model has thousands: its
+// keys, in which torch keeps all that is special about a tensor, are those of the parameter, which was looked at.
+inline bool look_alike(const at::Tensor& t, bool written, const Seen& param, Seen& seen) {
+  at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (impl->key_set() != param.impl->key_set() || !impl->is_contiguous() || !same_sizes(impl, param.impl)) return false;
+  if (!param.device.is_cpu() && impl->device() != param.device) return false;
+  seen.type = impl->dtype().toScalarType();
+  seen.format = param.format;
+  if (seen.type != param.type &&
+      (at::isComplexType(seen.type) != at::isComplexType(param.type) || !find_format(seen.type, seen.format)))
+    return false;
+  seen.contiguous = true, seen.numel = param.numel;
+  return reach(impl, written, seen);
 }
 
 bool same_order(const at::Tensor& a, const at::Tensor& b) {

@@ -132,14 +132,14 @@ const char* cuda_self_test() {
   }
   cuda::AdamHyper hyper{0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0};
   cuda::Adam<float> rule = cuda::Adam<float>::prepare(hyper, 1e-3, 1.0);
-  Span span{};
+  Span span;
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, sizeof host);
   if (error == cudaSuccess) error = cudaMemcpy(memory, host, sizeof host, cudaMemcpyHostToDevice);
   if (error == cudaSuccess) {
     for (int k = 0; k < 4; ++k) span.data[k] = static_cast<float*>(memory) + k * n, span.format[k] = FormatId::F32;
-    span.aligned = true;
-    span.numel = n;
+    span.aligned = true, span.recipe = 0;
+    span.numel = n, span.step = nullptr;
     Job job{RuleId::Adam, false, &span, 1, &rule, nullptr, nullptr};
     error = cuda::run_rule<cuda::Adam>(job, nullptr);
   }
