@@ -93,7 +93,7 @@ def _memory_problem(t: Tensor, what: str) -> str | None:
         return f"{what} has dtype {t.dtype}; expected {_DTYPES}"
     if not _has_memory(t):
         return (
-            f"the memory of {what} has been freed: its storage has {t.untyped_storage().nbytes()} bytes, and "
+            f"{what} has lost its memory: its storage has {t.untyped_storage().nbytes()} bytes, and "
             f"{t.numel()} elements of {t.element_size()} bytes lie in it; step while it is allocated"
         )
     return None
@@ -130,7 +130,7 @@ def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
     if stands_for_another(grad):
         return _memory_problem(grad, "its gradient")
     return _part_problem(
-        param, grad, "its gradient", "backward() gives such a gradient"
+        param, grad, "its gradient", "set the gradient by backward(), or to one like the parameter"
     ) or _memory_problem(grad, "its gradient")
 
 
@@ -162,9 +162,11 @@ def step_problem(
             return f"elements of state '{key}' may share memory (strides {t.stride()}); expected its own; {remedy}"
     count = state.get("step")
     if not isinstance(count, Tensor) or count.numel() != 1:
-        got = (
-            f"of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
-        )
+        got = f"a {type(count).__name__}"
+        if isinstance(count, Tensor):
+            got = f"of shape {tuple(count.shape)}"
+        elif "step" not in state:
+            got = "missing"
         return (
             f"state 'step' is {got}; expected a tensor with one number; load a checkpoint that fits"
         )
@@ -187,7 +189,10 @@ def load_problem(
     """Why this entry of a state dict does not fit the parameter, or ``None``."""
     missing = [key for key in ("step", *required) if key not in state]
     if missing:
-        return f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer"
+        return (
+            f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer, or with "
+            "other options"
+        )
     unknown = [key for key in state if key not in known and key != "step"]
     if unknown:
         return f"the checkpoint has {_names(unknown)}, which this optimizer does not know; expected {_names(known)}"

@@ -174,6 +174,14 @@ class FusedOptimizer(Optimizer):
             return  # torch's own message follows
         self._loading: dict[Tensor, dict[str, Any]] = {}
         saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
+        optional = {"backend", "bias_correction", "state_dtype", *self._group_defaults}
+        for j, saved in enumerate(saved_groups):
+            lacking = [key for key in self.defaults if key not in saved and key not in optional]
+            if lacking:
+                raise ValueError(
+                    f"{type(self).__name__}: group {j} of the checkpoint lacks {', '.join(map(repr, lacking))}; "
+                    "expected all options of this optimizer; it was saved by another one, or is not whole"
+                )
         groups = [self._group_defaults | self.defaults | dict(group) for group in saved_groups]
         for group in groups:
             self._check_group(group)
@@ -338,7 +346,7 @@ class FusedOptimizer(Optimizer):
             0.0 if on_device else as_number(lr),
             lr if on_device else None,
             plan.keys,
-            group["params"],
+            list(group["params"]),
         )
 
     def _check_capture(self) -> None:
@@ -359,9 +367,7 @@ class FusedOptimizer(Optimizer):
         """Raises if a parameter cannot be stepped; with ``only_tensors``, looks at no state yet."""
         p = self.param_groups[j]["params"][i]
         if not isinstance(p, Tensor):
-            raise RuntimeError(
-                f"{self._place(j, i)}: it is a {type(p).__name__}; expected a tensor"
-            )
+            raise RuntimeError(f"{self._place(j, i)}: expected a tensor; got {type(p).__name__}")
         state = {} if only_tensors else self.state[p]
         state = {key: _local(value) for key, value in state.items()}
         if only_tensors:
@@ -382,8 +388,8 @@ class FusedOptimizer(Optimizer):
             return tensors
         if choice == "native":
             raise RuntimeError(
-                f"{self._place(j, i)}: backend 'native' was asked for, but {reason or 'its kernels do not take it'}; "
-                "use backend='auto'"
+                f"{self._place(j, i)}: backend 'native' was asked for, but "
+                f"{reason or 'its kernels take plain tensors only'}; use backend='auto'"
             )
         backend.warn_once(reason or f"the kernels do not take {self._place(j, i)}")
         return None

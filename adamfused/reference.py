@@ -1,7 +1,7 @@
 """One step in torch operations: the oracle that the kernels are compared with bit for bit, and the fallback.
 
-The twin of ``csrc/cpu/drive.h`` and ``csrc/cuda/step.cuh``: get, apply the rule, put. Runs on any device; reads step counts that lie on a device,
-so it cannot be captured in a CUDA graph.
+The twin of ``csrc/cpu/drive.h`` and ``csrc/cuda/step.cuh``: get, apply the rule, put. Runs on any device; reads step
+counts that lie on a device, so it cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from torch import Tensor
 import adamfused
 from adamfused import backend
 
-LARGE = 2**25  # elements of the tensor that is copied: far more than any cache holds
+COPIED = 2**25  # elements of the tensor that is copied: far more than any cache holds
+LARGE = 32_000_000  # elements of the one large parameter
 
 
 class Line(NamedTuple):
@@ -89,16 +90,16 @@ def parameters(
 
 def in_place_copy() -> Callable[[], Tensor]:
     """A pass that reads and writes each byte of a large float32 tensor once: 8 bytes an element."""
-    return torch.randn(LARGE).neg_
+    return torch.randn(COPIED).neg_
 
 
 def of_bandwidth(seconds: Seconds, ours: str, step_bytes: int) -> float:
     """What share of the in-place copy's bandwidth a step that moves so many bytes has."""
-    return ratio(seconds, "copy", ours, step_bytes / (8 * LARGE))
+    return ratio(seconds, "copy", ours, step_bytes / (8 * COPIED))
 
 
 def millions(numel: int) -> str:
-    return f"{numel / 2**20:.4g}M"
+    return f"{numel / 1e6:.4g}M"
 
 
 def times(seconds: Seconds, *names: str) -> str:
@@ -284,7 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-fail", action="store_true", help="exit 0 even if a target is missed")
     parser.add_argument("--threads", metavar="N", type=int, help="instead of torch's default")
     parser.add_argument(
-        "--elements", metavar="N", type=int, default=LARGE, help="of the one large tensor (2^25)"
+        "--elements",
+        metavar="N",
+        type=int,
+        default=LARGE,
+        help="of the one large tensor (32,000,000)",
     )
     args = parser.parse_args(argv)
     if args.threads:
@@ -298,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += section.lines
         raw[name] = section.seconds
         if "copy" in section.seconds:
-            gb = [8e-9 * LARGE / s for s in section.seconds["copy"]]
+            gb = [8e-9 * COPIED / s for s in section.seconds["copy"]]
             bandwidth = statistics.median(gb)
             print(f"      in-place copy in this part: {bandwidth:.1f} GB/s")
         for line in section.lines:

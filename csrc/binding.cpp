@@ -171,7 +171,7 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
     parts[kParam] = &params[i], parts[kGrad] = &grads[i];
     for (size_t k = 0; k < count; ++k) parts[kState + k] = &states[i * count + k];
     TORCH_CHECK(work.add(group, parts, steps[i]), "adamfused::step_: parameter ", i,
-                " cannot be moved by the native kernels; the eager optimizer's message says why");
+                " cannot be moved by the native kernels; an optimizer's step() outside of torch.compile says why");
   }
   work.run();
 }
