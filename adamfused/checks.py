@@ -190,8 +190,8 @@ def load_problem(
     missing = [key for key in ("step", *required) if key not in state]
     if missing:
         return (
-            f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer, or with "
-            "other options"
+            f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer, or "
+            "with other options"
         )
     unknown = [key for key in state if key not in known and key != "step"]
     if unknown:
