@@ -52,6 +52,16 @@ def test_every_instruction_set_leaves_the_same_bits(built):
     assert len({digest for _, _, digest in found.values()}) == 1
 
 
+def test_another_compiler_makes_the_same_bits(built, tmp_path):
+    names = ["clang++", *(f"clang++-{version}" for version in range(25, 12, -1))]
+    clang = next((name for name in names if shutil.which(name)), None)
+    if clang is None:
+        pytest.skip("no clang++")
+    env = {**os.environ, "BUILD": str(tmp_path), "CXX": clang}
+    done = subprocess.run(["bash", RUN], env=env, capture_output=True, text=True, check=False)
+    assert rows(done.stdout) == rows(built[1].stdout), done.stdout + done.stderr
+
+
 def test_it_compares_what_the_extension_would_run(built):
     """An instruction set that torch finds here is among those that were compared."""
     capability = pytest.importorskip("torch").backends.cpu.get_cpu_capability()

@@ -67,14 +67,13 @@ struct AsIs {
   using Rest = T;
 };
 
-template <class T>
-using Anywhere __attribute__((aligned(1), may_alias)) = Vector<T>;
-
 // As many numbers as a vector of T's holds, from memory and back.
 template <class T, class Format>
 Vector<T> load(const typename Format::Rest* from) {
   if constexpr (same<Format, AsIs<T>>) {
-    return *reinterpret_cast<const Anywhere<T>*>(from);
+    Vector<T> x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
   } else {
     Vector<uint32_t> word;
     for (size_t i = 0; i < sizeof word / sizeof word[0]; ++i) word[i] = from[i];
@@ -85,7 +84,7 @@ Vector<T> load(const typename Format::Rest* from) {
 template <class T, class Format>
 void store(Vector<T> x, typename Format::Rest* to) {
   if constexpr (same<Format, AsIs<T>>) {
-    *reinterpret_cast<Anywhere<T>*>(to) = x;
+    __builtin_memcpy(to, &x, sizeof x);
   } else {
     Vector<uint32_t> word = Format::narrow(bits_of(x));
     for (size_t i = 0; i < sizeof word / sizeof word[0]; ++i) to[i] = uint16_t(word[i]);
