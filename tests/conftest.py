@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_library import Kernels, build
 
 
 def _settings() -> dict[str, object]:
@@ -27,3 +28,9 @@ def leaves_torch_as_it_found_it() -> Iterator[None]:
     after = _settings()
     torch.set_grad_enabled(True)
     assert after == before
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The CUDA kernels, compiled for the CPU."""
+    return Kernels(build(tmp_path_factory.mktemp("all"), "all", "-O1"))

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_no_spills_on_any_architecture(tmp_path: Path) -> None:
     )
     assert said.count("step_kernel") >= 18 * len(wanted)  # 6 rules, 3 widths
     assert kernels_with_spills(said) == []
+
+
+@needs_nvcc
+@needs_source
+def test_one_architecture_is_small_and_compiles_soon(tmp_path: Path) -> None:
+    began = time.monotonic()
+    nvcc("-gencode=arch=compute_90,code=sm_90", "-c", str(SOURCE), "-o", str(tmp_path / "step.o"))
+    assert time.monotonic() - began < 180  # a twentieth of it on an idle machine
+    assert (tmp_path / "step.o").stat().st_size < 8e6
 
 
 def test_the_search_for_spills_can_find_one() -> None:
