@@ -9,19 +9,17 @@ rounds; see README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import gc
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from measure import Seconds, ratio
-from targets import Line, Section, TorchFused, times
+from targets import Line, Section, TorchFused, arguments, times
 
 import adamfused
 
@@ -183,10 +181,7 @@ def facts() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure the step on a GPU.")
-    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 21")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all that was measured")
-    parser.add_argument("--no-fail", action="store_true", help="exit 0 even if a target is missed")
+    parser = arguments("Measure the step on a GPU.")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no CUDA device")

@@ -278,11 +278,17 @@ def facts() -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure adamfused's targets.")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What every script of targets takes."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="5 rounds instead of 21")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all that was measured")
     parser.add_argument("--no-fail", action="store_true", help="exit 0 even if a target is missed")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments("Measure adamfused's targets.")
     parser.add_argument("--threads", metavar="N", type=int, help="instead of torch's default")
     parser.add_argument(
         "--elements",

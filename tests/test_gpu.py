@@ -210,41 +210,27 @@ def test_graph_replayed_a_hundred_times(name) -> None:
     assert float(next(iter(eager.state.values()))["step"]) == 101
 
 
-def test_gradient_from_another_stream() -> None:
+@pytest.mark.parametrize("waits", [True, False], ids=["waits for an event", "on the same stream"])
+def test_gradient_made_on_a_side_stream(waits) -> None:
+    """The step runs on the current stream: the main one, which waits for the gradient, or the gradient's own."""
     gpu, cpu = pair(CASES["adamw"], [torch.float32], [1_000_003])
     p, q = gpu.param_groups[0]["params"][0], cpu.param_groups[0]["params"][0]
-    side = torch.cuda.Stream()
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     for t in range(5):
-        grad = wild(np.random.default_rng(t), q.numel(), q.dtype)
-        on_gpu = to_gpu(grad)
+        q.grad = wild(np.random.default_rng(t), q.numel(), q.dtype)
+        on_gpu = to_gpu(q.grad)
         p.grad = torch.zeros_like(p)
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(main)
         with torch.cuda.stream(side):
-            torch.cuda._sleep(20_000_000)  # a step that does not wait reads zeros
+            torch.cuda._sleep(20_000_000)  # a step that comes too early reads zeros
             p.grad.copy_(on_gpu)
-            ready = side.record_event()
-        torch.cuda.current_stream().wait_event(ready)
-        gpu.step()
-        q.grad = grad
-        cpu.step()
-    assert_same(gpu, cpu)
-
-
-def test_step_runs_on_the_current_stream() -> None:
-    gpu, cpu = pair(CASES["adamw"], [torch.float32], [1_000_003])
-    p, q = gpu.param_groups[0]["params"][0], cpu.param_groups[0]["params"][0]
-    side = torch.cuda.Stream()
-    for t in range(5):
-        grad = wild(np.random.default_rng(t), q.numel(), q.dtype)
-        on_gpu = to_gpu(grad)
-        p.grad = torch.zeros_like(p)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(20_000_000)
-            p.grad.copy_(on_gpu)
-            gpu.step()  # after the copy, for it is queued on the same stream
-        torch.cuda.current_stream().wait_stream(side)
-        q.grad = grad
+            if waits:
+                main.wait_event(side.record_event())
+            else:
+                gpu.step()
+        if waits:
+            gpu.step()
+        main.wait_stream(side)
         cpu.step()
     assert_same(gpu, cpu)
 

@@ -41,11 +41,6 @@ T* get(FormatId format, void* data, int64_t at, int n, T* buffer) {
 }
 
 template <class T>
-bool rests_as(FormatId format) {
-  return format == (sizeof(T) == sizeof(float) ? FormatId::F32 : FormatId::F64);
-}
-
-template <class T>
 void put(FormatId format, void* data, int64_t at, int n, const T* from) {
   switch (format) {
 #define ADAMFUSED_CASE(F, ...)                                                                 \
@@ -169,8 +164,6 @@ void run(const Job& job, int64_t begin, int64_t end) {
     const Span& span = job.spans[s];
     const Rule<T> rule = rules[span.recipe];
     int64_t last = job.first_tile[s + 1] < end ? job.first_tile[s + 1] : end;
-    bool plain = true;
-    for (int i = 0; i < parts; ++i) plain &= rests_as<T>(span.format[i]);
     // Parameters and gradients of these formats go to registers and back; any other than T goes by way of a buffer.
     auto is = [&span](FormatId format) {
       return sizeof(T) == sizeof(float) && span.format[kParam] == format && span.format[kGrad] == format;
@@ -180,11 +173,6 @@ void run(const Job& job, int64_t begin, int64_t end) {
     for (; tile < last; ++tile) {
       int64_t start = (tile - job.first_tile[s]) * kTile;
       int n = int(span.numel - start < kTile ? span.numel - start : kTile);
-      if (plain) {
-        for (int i = 0; i < parts; ++i) at[i] = static_cast<T*>(span.data[i]) + start;
-        move_lines<T, AsIs<T>, AsIs<T>>(rule, {at[kParam], at[kGrad], at[kState], at[kState + 1], at[kState + 2]}, n);
-        continue;
-      }
       for (int i = kState; i < parts; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
       T *a = at[kState], *b = at[kState + 1], *c = at[kState + 2];
       auto as_they_rest = [&](auto format) {
