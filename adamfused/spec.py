@@ -102,7 +102,7 @@ class Spec:
                 f"expected module:Class or an optimizer class; got {type(what).__name__} {what!r}"
             )
         known = dict(options or {})
-        name = name or getattr(what, "__qualname__", repr(what))
+        name = name or str(getattr(what, "__qualname__", repr(what)))
         return cls(name, what, known, family or _family_of(what, known))
 
     @cached_property
@@ -223,7 +223,7 @@ def _family_of(made: Any, options: Mapping[str, Any]) -> str | None:
     if "adam" not in name or "adamax" in name:
         return None
     try:
-        known = inspect.signature(made).parameters
+        known = dict(inspect.signature(made).parameters)
     except (TypeError, ValueError):
         known = {}
     for switch in _DECOUPLED:
