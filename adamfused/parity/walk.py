@@ -1,0 +1,362 @@
+"""Steps an optimizer and compares every step, element by element, with the exact one from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..spec import Spec, Unsupported, first_line
+from . import exact
+from .exact import Array, Hyper, Parts
+
+ALIASES = {
+    "exp_avg": ("exp_avg", "m", "state1"),
+    "exp_avg_sq": ("exp_avg_sq", "v", "state2"),
+    "max_exp_avg_sq": ("max_exp_avg_sq",),
+    "square_avg": ("square_avg", "v", "state1"),
+    "momentum_buffer": ("momentum_buffer", "buf"),
+    "grad_avg": ("grad_avg",),
+}
+"""What optimizers call the states, torch's names first."""
+
+# The least share of 16-bit results that are the nearest to the exact one. The rest, where the float32 in between was
+# rounded the other way, must be neighbours. float16 has more digits, so a tie in float32 is less rare.
+NEAREST = {torch.bfloat16: 0.999, torch.float16: 0.995}
+
+# Free-running limits of a float32 run of so many steps: root mean square error of the parameter over the way it went,
+# and of the second moment, relative. torch.optim stays within them, an accurate form within a tenth.
+DRIFT = {100: (2e-5, 40 * 2.0**-24), 10_000: (1e-4, 400 * 2.0**-24)}
+DRIFT_DOUBLE = (1e-12, 1e-10)  # after 100 steps, and later
+
+ULP_EDGES = (0.5, 1, 2, 4, 8, 16, 32, 64)
+"""Upper edges of the histogram of the parameters' errors, in units in the last place; one more bin is open."""
+
+# The oracle's own float64 errors are 2^-29 of a float32 bound, times what cancellation makes of them.
+SLACK = 1 + 1e-6
+
+
+class Fail(Exception):
+    """What is wrong, in one line."""
+
+
+def numbers(t: Tensor) -> Array:
+    """All real numbers of a tensor in float64, in the order of its indices; a complex element gives two."""
+    t = t.detach().resolve_conj()
+    t = torch.view_as_real(t) if t.is_complex() else t
+    return t.cpu().double().reshape(-1).numpy().copy()
+
+
+def bits(t: Tensor) -> bytes:
+    """The bytes of all elements, in the order of the indices."""
+    t = t.detach().resolve_conj().cpu()
+    t = t.view(torch.int16) if t.dtype == torch.bfloat16 else t  # which numpy does not know
+    return t.numpy().tobytes()
+
+
+@dataclass
+class State:
+    """A state as it was found: its numbers, and whether its rounding can be judged (a quantised one's cannot)."""
+
+    values: Array
+    dtype: torch.dtype
+    judged: bool
+
+
+def states_of(optimizer: Optimizer, p: Tensor, family: str) -> dict[str, State] | None:
+    """The states of a parameter by torch's names, or ``None`` if it has states but none that can be read."""
+    entry = optimizer.state.get(p) or {}
+    found = {}
+    for name in exact.STATES[family]:
+        for alias in ALIASES[name]:
+            t = entry.get(alias) if isinstance(entry, Mapping) else None
+            if not isinstance(t, Tensor) or t.shape != p.shape:
+                continue
+            plain = type(t) in (Tensor, torch.nn.Parameter)
+            if not plain and hasattr(t, "dequantize"):
+                t = t.dequantize()
+            if t.is_floating_point() or t.is_complex():
+                found[name] = State(numbers(t), t.dtype, plain)
+                break
+    first_two = exact.STATES[family][: 1 if family == "RMSprop" else 2]
+    return found if not entry or all(name in found for name in first_two) else None
+
+
+@dataclass
+class Place:
+    """An element, and everything about it."""
+
+    part: str
+    tensor: int
+    index: int
+    step: int
+    got: float
+    exact: float
+    limit: float
+    before: dict[str, float]
+
+    def __str__(self) -> str:
+        before = ", ".join(f"{name} {value:.9g}" for name, value in self.before.items())
+        return (
+            f"{self.part} [{self.index}] of tensor {self.tensor} at step {self.step}: got {self.got:.9g}, exact "
+            f"{self.exact:.9g}, allowed {self.limit:.3g} (before: {before})"
+        )
+
+
+@dataclass
+class Found:
+    """What a walk has found so far."""
+
+    ratio: float = 0.0  # the largest error over its bound
+    worst: Place | None = None
+    ulps: list[int] = field(default_factory=lambda: [0] * (len(ULP_EDGES) + 1))
+    count: int = 0  # results judged, of parameters
+    nearest: int = 0  # of them, the correctly rounded ones
+    shares: dict[str, tuple[int, int]] = field(default_factory=dict)  # of 16-bit parts: (nearest, all)
+    read_states: bool = True
+
+
+class Walk:
+    """An optimizer on its way.
+
+    Args:
+        spec: what to test.
+        family: its rule, see :data:`adamfused.spec.FAMILIES`.
+        groups: (parameters, hyper-parameters) of each group.
+        found: where errors are noted.
+        twin: another optimizer to compare with instead of float64.
+        same_bits: whether the twin's bits must be met.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        family: str,
+        groups: Sequence[tuple[Sequence[Tensor], Hyper]],
+        found: Found,
+        twin: Spec | None = None,
+        same_bits: bool = False,
+    ) -> None:
+        self.spec, self.family, self.found, self.same_bits = spec, family, found, same_bits
+        self.params = [p for params, _ in groups for p in params]
+        self.hypers = [h for params, h in groups for _ in params]
+        self.ages = [0] * len(self.params)
+        self.exact = [{"param": numbers(p)} for p in self.params]
+        self.paths = [np.zeros(len(x["param"])) for x in self.exact]
+        self.optimizer = self._make(spec, [list(params) for params, _ in groups], groups)
+        self.twins = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
+        self.twin: Optimizer | None = None
+        if twin is not None:
+            rest = iter(self.twins)
+            copies = [[next(rest) for _ in params] for params, _ in groups]
+            self.twin = self._make(twin, copies, groups)
+
+    def _make(
+        self, spec: Spec, params: list[list[Tensor]], groups: Sequence[tuple[Any, Hyper]]
+    ) -> Optimizer:
+        hypers = [h.arguments(self.family) for _, h in groups]
+        if len(groups) == 1:
+            return spec.make(params[0], **hypers[0])
+        entries = [
+            {"params": some} | {k: v for k, v in h.items() if spec.takes(k)}
+            for some, h in zip(params, hypers, strict=True)
+        ]
+        return spec.make(entries, **hypers[0])
+
+    def add(self, p: Tensor) -> None:
+        """Follows a parameter that a later group brought, with the first one's hyper-parameters."""
+        self.params.append(p)
+        self.hypers.append(self.hypers[0])
+        self.ages.append(0)
+        self.exact.append({"param": numbers(p)})
+        self.paths.append(np.zeros(len(numbers(p))))
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of all groups."""
+        self.hypers = [replace(h, lr=lr) for h in self.hypers]
+        for optimizer in (self.optimizer, self.twin):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = lr
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        how: Callable[[Optimizer], object] | None = None,
+        given: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Gives every parameter its gradient, steps, and compares.
+
+        Args:
+            grads: one per parameter, as the rule is to see it; ``None`` for a parameter that is to stay.
+            how: what makes the step, if not ``optimizer.step()``.
+            given: what the gradients are set to, if not ``grads``.
+
+        Raises:
+            Unsupported: if the optimizer refused, and no parameter had moved.
+            Fail: if it raised after one had moved, or moved one that has no gradient.
+        """
+        known = [states_of(self.optimizer, p, self.family) for p in self.params]
+        before = [numbers(p) for p in self.params]
+        kept = [bits(p) for p in self.params]
+        seen = [None if g is None else numbers(g) for g in grads]
+        for p, g in zip(self.params, given or grads, strict=True):
+            give_gradient(p, g)
+        try:
+            how(self.optimizer) if how else self.optimizer.step()
+        except Exception as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            if [bits(p) for p in self.params] != kept:
+                raise Fail(f"it raised when parameters had already moved: {said}") from error
+            raise Unsupported(said) from error
+        if self.twin is not None:
+            for q, g in zip(self.twins, grads, strict=True):
+                give_gradient(q, None if g is None else g.clone())
+            self.twin.step()
+        for i, g64 in enumerate(seen):
+            if g64 is None:
+                if bits(self.params[i]) != kept[i]:
+                    raise Fail(f"tensor {i} has no gradient and moved")
+                continue
+            self.ages[i] += 1
+            if self.twin is not None:
+                self._compare_with_twin(i, before[i])
+            else:
+                self._compare_with_exact(i, g64, before[i], known[i])
+
+    def _compare_with_exact(
+        self, i: int, g: Array, p: Array, known: dict[str, State] | None
+    ) -> None:
+        h, t, to = self.hypers[i], self.ages[i], exact.precision(self.params[i].dtype)
+        after = states_of(self.optimizer, self.params[i], self.family)
+        if t > 1 and (known is None or after is None):
+            self.found.read_states = False
+            return self._compare_with_path(i, g, h)
+        zeros = np.zeros_like(p)
+        parts: Parts = {"param": p}
+        for name in exact.STATES[self.family]:
+            parts[name] = known[name].values if known and name in known else zeros
+        with np.errstate(all="ignore"):
+            wanted = exact.step(self.family, h, t, g, parts)
+            limits = exact.bounds(self.family, h, t, g, parts, to)
+        self.exact[i] = wanted
+        self._judge(i, "param", self.params[i].dtype, numbers(self.params[i]), wanted, limits, parts, g)
+        for name, state in (after or {}).items():
+            if state.judged:
+                self._judge(i, name, state.dtype, state.values, wanted, limits, parts, g)
+
+    def _judge(
+        self,
+        i: int,
+        part: str,
+        dtype: torch.dtype,
+        got: Array,
+        all_wanted: Parts,
+        all_limits: Parts,
+        parts: Parts,
+        g: Array,
+    ) -> None:
+        to = exact.precision(dtype)
+        wanted, limit = all_wanted[part], all_limits[part] * (2 if to is exact.DOUBLE else SLACK)
+        is_half = dtype in NEAREST
+        with np.errstate(all="ignore"):
+            largest = float(torch.finfo(dtype).max)
+            wanted = np.where(np.abs(wanted) > largest, np.copysign(np.inf, wanted), wanted)
+            nearest = exact.nearest16(wanted, dtype) if is_half else _rounded(wanted, dtype)
+            if is_half:
+                limit = limit + exact.spacing16(wanted, dtype)
+            error = np.abs(got - wanted)
+            same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
+            ratio = np.where(same, 0.0, error / limit)
+            # NaN where a number is due, or a number where NaN is due; a limit that is infinite allows all.
+            ratio = np.where(np.isnan(ratio), np.where(np.isinf(limit), 0.0, np.inf), ratio)
+            # A state that has been infinite stays so, or becomes NaN, as the average is written.
+            for values in (*parts.values(), g):
+                if not np.isfinite(values).all():
+                    lost = ~np.isfinite(values)
+                    ratio = np.where(lost & ~np.isfinite(got), 0.0, ratio)
+            ratio = np.where(np.isnan(wanted) & np.isfinite(got), np.inf, ratio)
+        if part == "param":
+            self._count_ulps(error, wanted, dtype)
+            self.found.count += len(got)
+            self.found.nearest += int(np.sum((got == nearest) | same))
+        if is_half:
+            good, total = self.found.shares.get(str(dtype), (0, 0))
+            good += int(np.sum((got == nearest) | same))
+            self.found.shares[str(dtype)] = good, total + len(got)
+        if len(ratio) and ratio.max() > self.found.ratio:
+            self._note(i, part, int(ratio.argmax()), ratio, got, wanted, limit, parts, g)
+
+    def _count_ulps(self, error: Array, wanted: Array, dtype: torch.dtype) -> None:
+        finite = np.isfinite(wanted) & np.isfinite(error)
+        if dtype in NEAREST:
+            spacing = exact.spacing16(wanted[finite], dtype)
+        else:
+            spacing = exact.precision(dtype).ulp(wanted[finite])
+        places = np.searchsorted(ULP_EDGES, error[finite] / spacing / SLACK)
+        for place, count in zip(*np.unique(places, return_counts=True), strict=True):
+            self.found.ulps[int(place)] += int(count)
+
+    def _note(
+        self, i: int, part: str, at: int, ratio: Array, got: Array, wanted: Array, limit: Array,
+        parts: Parts, g: Array,
+    ) -> None:  # fmt: skip
+        used = {name: float(x[at]) for name, x in parts.items() if name in ("param", part) or x.any()}
+        self.found.ratio = float(ratio[at])
+        self.found.worst = Place(
+            part, i, at, self.ages[i], float(got[at]), float(wanted[at]), float(limit[at]), used | {"grad": float(g[at])}
+        )  # fmt: skip
+
+    def _compare_with_path(self, i: int, g: Array, h: Hyper) -> None:
+        """Where the states cannot be read: the free-running limit after few steps, of the whole tensor."""
+        before = self.exact[i]
+        with np.errstate(all="ignore"):
+            self.exact[i] = wanted = exact.step(self.family, h, self.ages[i], g, before)
+            self.paths[i] += np.abs(wanted["param"] - before["param"])
+            got, way = numbers(self.params[i]), self.paths[i]
+            ulp = exact.precision(self.params[i].dtype).ulp(wanted["param"])
+            if self.params[i].dtype in NEAREST:
+                ulp = exact.spacing16(wanted["param"], self.params[i].dtype)
+            limit = 1.5 * self.ages[i] * ulp + DRIFT[100][0] * way
+            ratio = np.abs(got - wanted["param"]) / limit
+            missing = np.isnan(wanted["param"]) != np.isnan(got)
+            ratio = np.where(missing, np.inf, np.where(np.isnan(ratio), 0.0, ratio))
+        if len(ratio) and ratio.max() > self.found.ratio:
+            at = int(ratio.argmax())
+            self._note(i, "param", at, ratio, got, wanted["param"], limit, {"param": before["param"]}, g)
+
+    def _compare_with_twin(self, i: int, p: Array) -> None:
+        """With another optimizer, both running free: either may round what :func:`exact.bounds` allows, every step."""
+        mine, other = numbers(self.params[i]), numbers(self.twins[i])
+        dtype = self.params[i].dtype
+        with np.errstate(all="ignore"):
+            self.paths[i] += np.abs(other - p)
+            ulp = exact.spacing16(other, dtype) if dtype in NEAREST else exact.precision(dtype).ulp(other)
+            limit = 3 * self.ages[i] * ulp + DRIFT[100][0] * self.paths[i]
+            error = np.abs(mine - other)
+            same = (mine == other) | (np.isnan(mine) & np.isnan(other))
+            ratio = np.where(same, 0.0, np.where(np.isnan(error), np.inf, error / limit))
+            if self.same_bits:
+                ratio = np.where(same, 0.0, np.inf)
+        self._count_ulps(np.where(same, 0.0, error), other, dtype)
+        self.found.count += len(mine)
+        self.found.nearest += int(same.sum())
+        if len(ratio) and ratio.max() > self.found.ratio:
+            at = int(ratio.argmax())
+            self._note(i, "param", at, ratio, mine, other, limit, {"param": p}, 0 * p)
+
+
+def give_gradient(p: Tensor, grad: Tensor | None) -> None:
+    """Sets ``p.grad``, of whatever dtype."""
+    p.grad = None
+    if grad is not None and grad.dtype != p.dtype:
+        p.grad_dtype = grad.dtype  # type: ignore[attr-defined]
+    p.grad = grad
+
+
+def _rounded(x: Array, dtype: torch.dtype) -> Array:
+    return x if dtype.to_real() == torch.float64 else x.astype(np.float32).astype(np.float64)
