@@ -1,8 +1,18 @@
 """Fused Adam, AdamW and RMSprop for PyTorch: the same bits on every CPU, thread count and GPU as the pure-Python
 oracle, at the memory bandwidth."""
 
+import importlib
+from typing import Any
+
 from .adam import Adam, AdamW
 from .rmsprop import RMSprop
 
 __version__ = "0.1.0"
 __all__ = ["Adam", "AdamW", "RMSprop"]
+
+
+def __getattr__(name: str) -> Any:
+    """The tools are imported when they are first used: training scripts need not wait for them."""
+    if name in ("bench", "info", "parity"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

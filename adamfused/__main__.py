@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import adamfused
-from adamfused import demo
+from adamfused import demo, info
+from adamfused.parity import command as parity
 
 
 class Command(NamedTuple):
@@ -20,6 +21,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "info": Command(info.HELP, info.add_arguments, info.run),
+    "parity": Command(parity.HELP, parity.add_arguments, parity.run),
     "demo": Command(demo.HELP, demo.add_arguments, demo.run),
 }
 
@@ -27,7 +30,7 @@ COMMANDS = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m adamfused", description="Fused Adam, AdamW and RMSprop for PyTorch."
+        prog="adamfused", description="Fused Adam, AdamW and RMSprop for PyTorch."
     )
     parser.add_argument("--version", action="version", version=f"adamfused {adamfused.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -12,6 +12,7 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,19 +24,24 @@ NATIVE_ERROR: str | None = None
 """Why the native kernels are not loaded, in one line; ``None`` when they are."""
 
 
+BUILT: dict[str, Any] = {}
+"""What the build noted of itself: the torch, CUDA, architectures and instruction sets that it was made for."""
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     facts_file = Path(__file__).with_name("_build.json")
     try:
         facts = json.loads(facts_file.read_text()) if facts_file.exists() else {}
     except (OSError, ValueError) as error:
         return None, f"{facts_file.name} cannot be read: {error}"
+    BUILT.update(facts)
     if "error" in facts:
         return None, f"building them failed: {facts['error']}"
     built_for = facts.get("torch")
     if built_for is not None and _minor(built_for) != _minor(torch.__version__):
         return None, f"they were built for torch {built_for}, this is torch {torch.__version__}"
     try:
-        from . import _C  # type: ignore[attr-defined]
+        from . import _C
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
             return None, "this is a pure-Python install (no compiled extension)"

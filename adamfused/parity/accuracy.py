@@ -184,9 +184,15 @@ def _compare(
         limit, v_limit = DRIFT[max(DRIFT)] if later else DRIFT[min(DRIFT)]
         # Until it has gone some way, a parameter's own half ulp is what one sees.
         limit += 2 * float(np.median(exact.SINGLE.ulp(parts["param"]) / path))
-    need(error <= limit, f"after {t:,} steps the parameters are {error:.2g} of their way off, more than {limit:.2g}")
+    need(
+        error <= limit,
+        f"after {t:,} steps the parameters are {error:.2g} of their way off, more than {limit:.2g}",
+    )
     if v_error is not None:
-        need(v_error <= v_limit, f"after {t:,} steps second moments are {v_error:.2g} off, more than {v_limit:.2g}")
+        need(
+            v_error <= v_limit,
+            f"after {t:,} steps second moments are {v_error:.2g} off, more than {v_limit:.2g}",
+        )
 
 
 @case("quick", "full", dtypes=WIDE)
@@ -205,5 +211,3 @@ def long_drift(lab: Lab) -> None:
 def long_drift_one_way(lab: Lab) -> None:
     """10,000 steps, free running, gradients of mean 1"""
     free_run(lab, lab.long, 1.0)
-
-

@@ -81,7 +81,9 @@ def step(family: str, h: Hyper, t: int, g: Array, parts: Parts) -> Parts:
     lecture 6.5; Graves 2013 (arXiv:1308.0850), eq. 38-41.
     """
     p = parts["param"]
-    g = (-g if h.maximize else g) + (h.weight_decay * p if h.weight_decay and family != "AdamW" else 0.0)
+    g = (-g if h.maximize else g) + (
+        h.weight_decay * p if h.weight_decay and family != "AdamW" else 0.0
+    )
     if family == "RMSprop":
         v, buf, mean = (parts[name] for name in STATES[family])
         v = h.alpha * v + (1 - h.alpha) * g**2
@@ -107,10 +109,10 @@ def bounds(family: str, h: Hyper, t: int, g: Array, parts: Parts, to: Precision)
 
     An average with the decay rate b rounds b, 1 - b, two products (or a difference and a product) and a sum: at most
     3 u of what goes in and u of what comes out; of squares, which are rounded too, at most 5 u of what comes out. An
-    update is at most ten roundings of itself, besides what the errors of the averages do to it; decoupled decay rounds a
-    coefficient and a product of the size of the parameter, the sum is rounded once: 1.5 units in the last place
-    together. A power b^t has up to t roundings in double, which 1 - b^t magnifies. Infinite where the denominator may be
-    zero.
+    update is at most ten roundings of itself, besides what the errors of the averages do to it; decoupled decay rounds
+    a coefficient and a product of the size of the parameter, the sum is rounded once: 1.5 units in the last place
+    together. A power b^t has up to t roundings in double, which 1 - b^t magnifies. Infinite where the denominator may
+    be zero.
     """
     with np.errstate(all="ignore"):
         u, new = to.u, step(family, h, t, g, parts)
@@ -138,7 +140,9 @@ def bounds(family: str, h: Hyper, t: int, g: Array, parts: Parts, to: Precision)
             moved, e_buf = exact, e_moved
             if h.momentum:
                 moved = np.abs(new["momentum_buffer"])
-                e_buf = e_moved + u * (3 * h.momentum * np.abs(parts["momentum_buffer"]) + 2 * moved)
+                e_buf = e_moved + u * (
+                    3 * h.momentum * np.abs(parts["momentum_buffer"]) + 2 * moved
+                )
             e_p = h.lr * (e_buf + 3 * u * moved)
             errors = {"square_avg": e_v, "momentum_buffer": e_buf, "grad_avg": e_mean}
             roundings = 0.5
@@ -151,7 +155,9 @@ def bounds(family: str, h: Hyper, t: int, g: Array, parts: Parts, to: Precision)
             denominator = np.sqrt(by / c2) + h.eps
             update = np.abs(size * m / denominator)
             powers = sum(2.0**-53 * (2 + t * b**t / (1 - b**t)) for b in h.betas)
-            e_p = (10 * u + powers) * update + (size * e_m + update * e_root) / (denominator - e_root)
+            e_p = (10 * u + powers) * update + (size * e_m + update * e_root) / (
+                denominator - e_root
+            )
             errors = {"exp_avg": e_m, "exp_avg_sq": e_v, "max_exp_avg_sq": e_v}
             roundings = 1.5 if h.weight_decay and family == "AdamW" else 0.5
         if h.lr == 0:

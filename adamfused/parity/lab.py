@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,6 @@ class Lab:
     long: int = 10_000
     found: Found = field(default_factory=Found)
     curve: dict[int, tuple[float, float | None]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(0)
@@ -55,15 +54,12 @@ class Lab:
             Unsupported: if the candidate does not take something wanted.
         """
         names = Hyper().arguments(self.family)
-        values = {"lr": 1e-2}
+        values: dict[str, Any] = {"lr": 1e-2}
         for name in names:
             default = getattr(self.spec.arguments.get(name), "default", inspect.Parameter.empty)
             if isinstance(default, (int, float, tuple)):
                 values.setdefault(name, default)
-        if self.spec.takes("weight_decay"):
-            values["weight_decay"] = 0.1
-        else:
-            values["weight_decay"] = 0.0
+        values["weight_decay"] = 0.1 if self.spec.takes("weight_decay") else 0.0
         for name, value in wanted.items():
             if name in names and not self.spec.takes(name) and value != getattr(Hyper(), name):
                 raise Unsupported(f"it takes no {name}")
@@ -153,6 +149,3 @@ def need(condition: bool, what: str) -> None:
     """Raises :class:`Fail` unless a condition holds."""
     if not condition:
         raise Fail(what)
-
-
-__all__ = ["CASES", "Case", "Fail", "Hyper", "Lab", "Unsupported", "case", "need", "replace"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -144,12 +145,17 @@ def run_case(case: Case, lab: Lab) -> Result:
 def _too_far(found: Found, against_twin: bool) -> str:
     """What is wrong with the numbers, or nothing."""
     if found.ratio > 1:
-        much = f"{found.ratio:.3g} times what rounding allows" if math.isfinite(found.ratio) else "wrong"
+        much = (
+            f"{found.ratio:.3g} times what rounding allows"
+            if math.isfinite(found.ratio)
+            else "wrong"
+        )
         return f"{much}: {found.worst}"
     for name, (good, total) in found.shares.items():
         least = NEAREST[getattr(torch, name.removeprefix("torch."))]
         if total >= 1000 and good < least * total and not against_twin:
-            return f"{100 * good / total:.2f} % of {name[6:]} results are the nearest to the exact one; expected {100 * least} %"
+            share = f"{100 * good / total:.2f} % of {name.removeprefix('torch.')} results"
+            return f"{share} are the nearest to the exact one; expected {100 * least} %"
     return ""
 
 
@@ -193,7 +199,10 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            # Threads that sleep while they wait: on a busy machine those that spin take minutes for seconds' work.
+            env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+            | os.environ
+            | {"PYTHONPATH": path},
         )
 
     def run(self, request: Request) -> Result:
@@ -212,7 +221,9 @@ class Server:
         lines = self._errors.read().strip().splitlines() or ["it said nothing"]
         self.close()
         self._start()
-        return Result(request.case, FAIL, f"importing it ended the process (exit {code}): {lines[-1]}")
+        return Result(
+            request.case, FAIL, f"importing it ended the process (exit {code}): {lines[-1]}"
+        )
 
     def close(self) -> None:
         """Ends the process."""
@@ -235,6 +246,9 @@ class Server:
 
 def serve(seconds: float) -> None:
     """Answers requests, a line of JSON each, from standard input on standard output."""
+    importlib.import_module(
+        "torch._dynamo"
+    )  # a first step would import it, in each child anew, for a second or two
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a candidate prints is no answer
     imported: dict[str, Spec] = {}
@@ -278,7 +292,9 @@ def _in_a_child(request: Request, candidate: Spec, twin: Spec | None, seconds: f
         if answer and status == 0:
             return Result.from_json(json.loads(answer))
         errors.seek(0)
-        said = ([line for line in errors.read().splitlines() if line.strip()] or ["it said nothing"])[-1]
+        said = (
+            [line for line in errors.read().splitlines() if line.strip()] or ["it said nothing"]
+        )[-1]
     if took >= seconds:
         detail = f"it hung: no answer in {seconds:g} s"
     elif status < 0:

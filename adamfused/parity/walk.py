@@ -117,7 +117,9 @@ class Found:
     ulps: list[int] = field(default_factory=lambda: [0] * (len(ULP_EDGES) + 1))
     count: int = 0  # results judged, of parameters
     nearest: int = 0  # of them, the correctly rounded ones
-    shares: dict[str, tuple[int, int]] = field(default_factory=dict)  # of 16-bit parts: (nearest, all)
+    shares: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # of 16-bit parts: (nearest, all)
     read_states: bool = True
 
 
@@ -149,7 +151,7 @@ class Walk:
         self.exact = [{"param": numbers(p)} for p in self.params]
         self.paths = [np.zeros(len(x["param"])) for x in self.exact]
         self.optimizer = self._make(spec, [list(params) for params, _ in groups], groups)
-        self.twins = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
+        self.twins = [_copy(p) for p in self.params]
         self.twin: Optimizer | None = None
         if twin is not None:
             rest = iter(self.twins)
@@ -168,8 +170,12 @@ class Walk:
         ]
         return spec.make(entries, **hypers[0])
 
-    def add(self, p: Tensor) -> None:
-        """Follows a parameter that a later group brought, with the first one's hyper-parameters."""
+    def add_group(self, p: Tensor) -> None:
+        """Adds a group of one parameter, with the first group's hyper-parameters."""
+        self.optimizer.add_param_group({"params": [p]})
+        self.twins.append(_copy(p))
+        if self.twin is not None:
+            self.twin.add_param_group({"params": self.twins[-1:]})
         self.params.append(p)
         self.hypers.append(self.hypers[0])
         self.ages.append(0)
@@ -224,7 +230,7 @@ class Walk:
                 continue
             self.ages[i] += 1
             if self.twin is not None:
-                self._compare_with_twin(i, before[i])
+                self._compare_with_twin(i, g64, before[i])
             else:
                 self._compare_with_exact(i, g64, before[i], known[i])
 
@@ -244,7 +250,9 @@ class Walk:
             wanted = exact.step(self.family, h, t, g, parts)
             limits = exact.bounds(self.family, h, t, g, parts, to)
         self.exact[i] = wanted
-        self._judge(i, "param", self.params[i].dtype, numbers(self.params[i]), wanted, limits, parts, g)
+        self._judge(
+            i, "param", self.params[i].dtype, numbers(self.params[i]), wanted, limits, parts, g
+        )
         for name, state in (after or {}).items():
             if state.judged:
                 self._judge(i, name, state.dtype, state.values, wanted, limits, parts, g)
@@ -288,8 +296,7 @@ class Walk:
             good, total = self.found.shares.get(str(dtype), (0, 0))
             good += int(np.sum((got == nearest) | same))
             self.found.shares[str(dtype)] = good, total + len(got)
-        if len(ratio) and ratio.max() > self.found.ratio:
-            self._note(i, part, int(ratio.argmax()), ratio, got, wanted, limit, parts, g)
+        self._note(i, part, ratio, got, wanted, limit, parts, g)
 
     def _count_ulps(self, error: Array, wanted: Array, dtype: torch.dtype) -> None:
         finite = np.isfinite(wanted) & np.isfinite(error)
@@ -302,14 +309,25 @@ class Walk:
             self.found.ulps[int(place)] += int(count)
 
     def _note(
-        self, i: int, part: str, at: int, ratio: Array, got: Array, wanted: Array, limit: Array,
-        parts: Parts, g: Array,
-    ) -> None:  # fmt: skip
-        used = {name: float(x[at]) for name, x in parts.items() if name in ("param", part) or x.any()}
+        self,
+        i: int,
+        part: str,
+        ratio: Array,
+        got: Array,
+        wanted: Array,
+        limit: Array,
+        parts: Parts,
+        g: Array,
+    ) -> None:
+        """Keeps the worst element, if it is worse than what was found before."""
+        if not len(ratio) or ratio.max() <= self.found.ratio:
+            return
+        at = int(ratio.argmax())
+        before = {name: x[at] for name, x in parts.items() if name in ("param", part) or x.any()}
+        before = {name: float(x) for name, x in (before | {"grad": g[at]}).items()}
+        values = float(got[at]), float(wanted[at]), float(limit[at])
         self.found.ratio = float(ratio[at])
-        self.found.worst = Place(
-            part, i, at, self.ages[i], float(got[at]), float(wanted[at]), float(limit[at]), used | {"grad": float(g[at])}
-        )  # fmt: skip
+        self.found.worst = Place(part, i, at, self.ages[i], *values, before)
 
     def _compare_with_path(self, i: int, g: Array, h: Hyper) -> None:
         """Where the states cannot be read: the free-running limit after few steps, of the whole tensor."""
@@ -325,17 +343,19 @@ class Walk:
             ratio = np.abs(got - wanted["param"]) / limit
             missing = np.isnan(wanted["param"]) != np.isnan(got)
             ratio = np.where(missing, np.inf, np.where(np.isnan(ratio), 0.0, ratio))
-        if len(ratio) and ratio.max() > self.found.ratio:
-            at = int(ratio.argmax())
-            self._note(i, "param", at, ratio, got, wanted["param"], limit, {"param": before["param"]}, g)
+        self._note(i, "param", ratio, got, wanted["param"], limit, before, g)
 
-    def _compare_with_twin(self, i: int, p: Array) -> None:
+    def _compare_with_twin(self, i: int, g: Array, p: Array) -> None:
         """With another optimizer, both running free: either may round what :func:`exact.bounds` allows, every step."""
         mine, other = numbers(self.params[i]), numbers(self.twins[i])
         dtype = self.params[i].dtype
         with np.errstate(all="ignore"):
             self.paths[i] += np.abs(other - p)
-            ulp = exact.spacing16(other, dtype) if dtype in NEAREST else exact.precision(dtype).ulp(other)
+            ulp = (
+                exact.spacing16(other, dtype)
+                if dtype in NEAREST
+                else exact.precision(dtype).ulp(other)
+            )
             limit = 3 * self.ages[i] * ulp + DRIFT[100][0] * self.paths[i]
             error = np.abs(mine - other)
             same = (mine == other) | (np.isnan(mine) & np.isnan(other))
@@ -345,16 +365,18 @@ class Walk:
         self._count_ulps(np.where(same, 0.0, error), other, dtype)
         self.found.count += len(mine)
         self.found.nearest += int(same.sum())
-        if len(ratio) and ratio.max() > self.found.ratio:
-            at = int(ratio.argmax())
-            self._note(i, "param", at, ratio, mine, other, limit, {"param": p}, 0 * p)
+        self._note(i, "param", ratio, mine, other, limit, {"param": p}, g)
+
+
+def _copy(p: Tensor) -> Tensor:
+    return p.detach().clone().requires_grad_()
 
 
 def give_gradient(p: Tensor, grad: Tensor | None) -> None:
     """Sets ``p.grad``, of whatever dtype."""
     p.grad = None
     if grad is not None and grad.dtype != p.dtype:
-        p.grad_dtype = grad.dtype  # type: ignore[attr-defined]
+        p.grad_dtype = grad.dtype
     p.grad = grad
 
 

@@ -1,0 +1,310 @@
+"""``python -m adamfused parity``: runs the cases, and shows what they said as tables, pictures, JSON, a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import report as show
+from ..report import Column, Picture, Table
+from ..spec import FAMILIES, Spec, parse_list
+from . import Report, parity
+from .run import FAIL, REFUSED, Result, choose, dtype_of
+from .walk import ULP_EDGES
+
+HELP = "compare an optimizer's numbers with float64, and try what breaks optimizers"
+OK, FAILED, UNUSABLE = 0, 1, 2  # exit codes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--candidate",
+        required=True,
+        metavar="SPEC,...",
+        help="what to test: module:Class or dir/file.py:Class, with options in brackets, such as "
+        "torch.optim:AdamW[fused=True]; several with commas between",
+    )
+    parser.add_argument(
+        "--against",
+        default="float64",
+        help="float64 (default), reference (adamfused's pure-Python path) or another optimizer",
+    )
+    parser.add_argument(
+        "--cases",
+        default="quick",
+        help="quick (default), full, hostile, or names of cases with commas between",
+    )
+    parser.add_argument("--dtype", default="float32", help="of the parameters (float32)")
+    parser.add_argument("--device", default="cpu", help="of the parameters (cpu)")
+    parser.add_argument("--steps", type=int, default=10_000, help="of the longest free run (10000)")
+    parser.add_argument("--family", choices=FAMILIES, help="where the class's name does not tell")
+    parser.add_argument(
+        "--same-bits", action="store_true", help="with --against an optimizer: each bit must agree"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds that a case may take (120)",
+    )
+    parser.add_argument("--list", action="store_true", help="say what the cases are, run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all results")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the same for a repository")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw errors in ulps and drift (png, svg or pdf)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code: 1 if a case failed, 2 if nothing could be run."""
+    try:
+        specs = [Spec.of(spec, family=args.family) for spec in parse_list(args.candidate)]
+        cases = [choose(args.cases, s.family or "AdamW", dtype_of(args.dtype)) for s in specs]
+        if args.list:
+            for case in cases[0] if cases else []:
+                print(f"{case.name:<22}{case.about}")
+            return OK
+        reports = _run_all(args, specs, sum(map(len, cases)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+    for one in reports:
+        show.show(table(one))
+        for line in complaints(one):
+            print(line)
+        print()
+    if len(reports) > 1:
+        show.show(side_by_side(reports))
+    _write(args, reports)
+    return OK if all(one.passed for one in reports) else FAILED
+
+
+def _run_all(args: argparse.Namespace, specs: Sequence[Spec], total: int) -> list[Report]:
+    with show.Progress(total, "parity") as progress:
+        return [
+            parity(
+                spec.name,
+                against=args.against,
+                family=spec.family,
+                cases=args.cases,
+                dtype=args.dtype,
+                device=args.device,
+                steps=args.steps,
+                same_bits=args.same_bits,
+                seconds=args.timeout,
+                progress=lambda result: progress.advance(result.case),
+            )
+            for spec in specs
+        ]
+
+
+def _write(args: argparse.Namespace, reports: Sequence[Report]) -> None:
+    if args.json:
+        text = json.dumps([one.to_json() for one in reports], indent=1, allow_nan=False)
+        args.json.write_text(text + "\n")
+    pictures = drawings(reports) if args.html or args.plot else []
+    if args.html:
+        args.html.write_text(page(reports, pictures), encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(reports), encoding="utf-8")
+    if args.plot and not pictures:
+        print(f"No picture: matplotlib is not here, or nothing to draw ({show.TOOLS_HINT}).")
+    elif args.plot:
+        for k, picture in enumerate(pictures):
+            name = args.plot.with_stem(args.plot.stem + ("-drift" if k else ""))
+            show.save(picture.figure, name)
+            print(f"{picture.caption}: {name}")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def number(x: float | None, form: str = ".3g") -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if x is None else "> 1e299" if x >= 1e299 else format(x, form)
+
+
+def table(one: Report) -> Table:
+    """What each case said of one optimizer."""
+    twin = one.against != "float64"
+    columns = [
+        Column("case", left=True),
+        Column("verdict", left=True),
+        Column("worst error", "of the bound"),
+        Column("equal bits" if twin else "right bits", "%"),
+        Column("time", "s"),
+    ]
+    rows = [
+        [
+            r.case,
+            r.verdict,
+            number(r.ratio),
+            "-" if r.nearest is None else f"{100 * r.nearest:.2f}",
+            f"{r.seconds:.2f}",
+        ]
+        for r in one.results
+    ]
+    title = f"{one.candidate} against {one.against}, {one.family}, {one.dtype} on {one.device}"
+    note = f"{one.summary()}. Worst error: the largest of any element, part and step, over what rounding allows. "
+    note += (
+        "Equal bits: parameters that have the other's bits."
+        if twin
+        else "Right bits: parameters that are the correctly rounded ones."
+    )
+    return Table(title, columns, rows, note)
+
+
+def complaints(one: Report) -> list[str]:
+    """A line for every case that did not simply pass."""
+    told = [r for r in one.results if r.detail]
+    return [f"\n{r.verdict} {r.case} ({r.about}): {r.detail}" for r in told]
+
+
+def side_by_side(reports: Sequence[Report]) -> Table:
+    """The verdicts of several optimizers."""
+    names = list(dict.fromkeys(r.case for one in reports for r in one.results))
+    by_case = [{r.case: r for r in one.results} for one in reports]
+    rows = [[name, *(_short(results.get(name)) for results in by_case)] for name in names]
+    rows.append(["sum", *(one.summary() for one in reports)])
+    columns = [Column("case", left=True), *(Column(one.candidate, left=True) for one in reports)]
+    return Table("Side by side", columns, rows)
+
+
+def _short(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    much = f" {number(result.ratio, '.2g')}" if result.ratio and result.verdict != REFUSED else ""
+    return result.verdict + much
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def drawings(reports: Sequence[Report]) -> list[Picture]:
+    """A histogram of the parameters' errors, and the drift of all candidates; none without matplotlib."""
+    makers = (_histogram, _drift)
+    return [picture for make in makers if (picture := make(reports)) is not None]
+
+
+def _histogram(reports: Sequence[Report]) -> Picture | None:
+    labels = [f"≤ {edge:g}" for edge in ULP_EDGES] + [f"> {ULP_EDGES[-1]:g}"]
+    sums = {}
+    for one in reports:
+        counts = [r.ulps for r in one.results if r.ulps]
+        if counts:
+            totals = [sum(column) for column in zip(*counts, strict=True)]
+            sums[one.candidate] = [100 * n / max(1, sum(totals)) for n in totals]
+    figure = show.figure() if sums else None
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    width = 0.8 / len(sums)
+    for k, (name, shares) in enumerate(sums.items()):
+        places = [i + (k - (len(sums) - 1) / 2) * width for i in range(len(shares))]
+        axes.bar(places, shares, width, label=name, color=show.COLOURS[k % len(show.COLOURS)])
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(labels)), labels, rotation=45)
+    axes.set(xlabel="error of a parameter after one step, ulps", ylabel="share of results, %")
+    axes.legend(fontsize="small")
+    caption = "Errors of single steps in units in the last place; up to 0.5 is correctly rounded"
+    alt = "; ".join(f"{name}: {shares[0]:.2f} % correctly rounded" for name, shares in sums.items())
+    return Picture(figure, caption, alt)
+
+
+def _drift(reports: Sequence[Report]) -> Picture | None:
+    curves = {
+        (one.candidate, r.case): r.curve
+        for one in reports
+        for r in one.results
+        if len(r.curve) > 1 and r.case in ("long_drift", "long_drift_one_way")
+    } or {(one.candidate, r.case): r.curve for one in reports for r in one.results if r.curve}
+    figure = show.figure(6.2, 4.0) if curves else None
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for name, _ in curves))
+    for (name, case), curve in curves.items():
+        k = names.index(name)
+        line = {"color": show.COLOURS[k % len(show.COLOURS)], "marker": show.MARKERS[k % 8]}
+        one_way = case.endswith("one_way")
+        label = f"{name}{', gradients of mean 1' if one_way else ''}"
+        errors = [error for error, _ in curve.values()]
+        axes.plot(list(curve), errors, ls="--" if one_way else "-", label=label, **line)
+    axes.set(
+        xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone (root mean square)"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    last = {key: curve[max(curve)][0] for key, curve in curves.items()}
+    alt = "; ".join(f"{name} {case}: {error:.2g}" for (name, case), error in last.items())
+    return Picture(figure, "Drift of the parameters from float64, free running", alt)
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def lead(reports: Sequence[Report]) -> str:
+    """What was compared, and how, in one paragraph."""
+    one = reports[0]
+    return (
+        f"Every step of {len(reports)} optimizer{'s' if len(reports) > 1 else ''} compared with {one.against}, element "
+        f"by element, {one.dtype} parameters on {one.device}, cases: {one.cases}. FAIL says what is wrong with a "
+        "number; NOT SUPPORTED is a clean refusal. The number behind a verdict is the largest error of any element "
+        "over what rounding allows."
+    )
+
+
+def command(reports: Sequence[Report]) -> str:
+    """What makes the reports again."""
+    one = reports[0]
+    names = ",".join(r.candidate for r in reports)
+    text = f"python -m adamfused parity --candidate '{names}' --cases {one.cases}"
+    options = {"against": "float64", "dtype": "float32", "device": "cpu"}
+    for name, default in options.items():
+        if getattr(one, name) != default:
+            text += f" --{name} '{getattr(one, name)}'"
+    return text
+
+
+def page(reports: Sequence[Report], pictures: Sequence[Picture]) -> str:
+    """The HTML page."""
+    blocks: list[Any] = [side_by_side(reports)] if len(reports) > 1 else []
+    blocks += pictures or [f"No pictures: matplotlib is not here (`{show.TOOLS_HINT}`)."]
+    for one in reports:
+        blocks += [table(one), *(line.strip() for line in complaints(one))]
+    title = "Numerical parity of " + ", ".join(one.candidate for one in reports)
+    return show.page(title, lead(reports), reports[0].facts, blocks, command(reports))
+
+
+def markdown(reports: Sequence[Report]) -> str:
+    """The same as a page of a repository."""
+    wide = side_by_side(reports)
+    lines = ["# Numerical parity", "", lead(reports), "", "    " + command(reports), ""]
+    facts = reports[0].facts
+    lines += [
+        ", ".join(str(facts[k]) for k in ("cpu", "machine", "date")) + f", torch {facts['torch']}",
+        "",
+    ]
+    lines += [
+        "| "
+        + " | ".join(f"`{c.title}`" if i else "case" for i, c in enumerate(wide.columns))
+        + " |"
+    ]
+    lines += ["|" + "---|" * len(wide.columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in wide.rows]
+    about = {r.case: r.about for one in reports for r in one.results}
+    lines += ["", "## The cases", "", "| case | what is tested |", "|---|---|"]
+    lines += [f"| {name} | {text} |" for name, text in about.items()]
+    lines += ["", "## What is wrong where", ""]
+    for one in reports:
+        told = [r for r in one.results if r.verdict == FAIL]
+        lines += [f"### `{one.candidate}`", "", one.summary(), ""]
+        lines += [f"* **{r.case}**: {r.detail}" for r in told] + [""] * bool(told)
+    return "\n".join(lines).rstrip() + "\n"
