@@ -28,8 +28,8 @@ test: $(VENV)/with-test ## Run the tests
 
 build: $(VENV)/with-test ## Make .venv, and build the kernels in place
 
-bench: $(VENV)/with-test ## Measure what the project sets itself as targets
-	$(PY) benchmarks/targets.py $(ARGS)
+bench: $(VENV)/with-test ## Measure what the project sets itself as targets, and renew benchmarks/results/
+	$(PY) benchmarks/targets.py --json benchmarks/results/targets.json $(ARGS)
 
 # With this machine's own Python, whose torch has CUDA; it installs nothing.
 gpu-check: ## Build, test and measure on this machine's GPU; results in OUT (gpu-check/)

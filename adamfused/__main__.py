@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import adamfused
-from adamfused import demo, info
+from adamfused import bench, demo, info
 from adamfused.parity import command as parity
 
 
@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "info": Command(info.HELP, info.add_arguments, info.run),
+    "bench": Command(bench.HELP, bench.add_arguments, bench.run),
     "parity": Command(parity.HELP, parity.add_arguments, parity.run),
     "demo": Command(demo.HELP, demo.add_arguments, demo.run),
 }

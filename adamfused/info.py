@@ -114,7 +114,7 @@ def _uses() -> Iterator[Use]:
 
 def _one_step(optimizer: str, device: str, dtype: torch.dtype, chosen: str) -> str:
     """Whether a step has the reference's bits. 1,025 elements: whole tiles and a tail."""
-    start, grad = (torch.sin(k * torch.arange(1025.0)).to(dtype) for k in (1, 2))
+    start, grad = (torch.sin(k * torch.arange(1.0, 1026.0)).to(dtype) for k in (1, 2))
     results = []
     try:
         for place, name in ((device, chosen), ("cpu", "reference")):

@@ -378,10 +378,11 @@ def page(
             code(part) if i % 2 else escape(part) for i, part in enumerate(parts)
         )
 
-    def cell(text: str) -> Markup:
+    def cell(text: str, left: bool) -> Markup:
         word = verdict(text)
-        # A long name is folded between its parts, not in the middle of one.
-        rest = re.sub(r"([:,/](?=\S)|\w(?=\[))", r"\1<wbr>", str(escape(text[len(word) :])))
+        rest = str(escape(text[len(word) :]))
+        if left:  # A long name is folded between its parts, not in the middle of one. Numbers are not folded.
+            rest = re.sub(r"([:,/](?=\S)|\w(?=\[))", r"\1<wbr>", rest)
         return Markup(f'<b class="{VERDICTS[word]}">{word}</b>{rest}' if word else rest)
 
     def fact(value: Any) -> str:

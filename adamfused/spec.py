@@ -139,7 +139,9 @@ class Spec:
         ]
         if lacking:
             raise Unsupported(f"it takes no {', '.join(lacking)}")
-        given = {k: v for k, v in given.items() if self.takes(k)}
+        # Off is what a switch is that nobody names, and some classes refuse names that they do not know.
+        off = {k for k, v in given.items() if v is False and k not in self.arguments}
+        given = {k: v for k, v in given.items() if self.takes(k) and k not in off}
         try:
             return self.make_with(params, **{**given, **self.options})
         except Exception as error:

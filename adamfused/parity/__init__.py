@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from .. import machine
 from ..spec import FAMILIES, Spec
+from .agree import agrees
 from .run import (
     FAIL,
     PASS,
@@ -173,29 +174,6 @@ def parity(
         by_name = {c.name: c for c in chosen}
         run_all(lambda request: run_case(by_name[request.case], lab_for(request, spec, twin)))
     return report
-
-
-def agrees(
-    candidate: Spec | str | Callable[..., Optimizer],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> str | None:
-    """Whether an optimizer does what its family's rule says, looked at briefly, in this process.
-
-    Returns:
-        ``None`` if it does, or one line that says what is wrong.
-    """
-    report = parity(
-        candidate,
-        cases="sizes,large_tensor",
-        dtype=dtype,
-        device=device,
-        isolated=False,
-        stop_early=True,
-    )
-    failed = report.failures or [r for r in report.results if r.verdict == REFUSED]
-    return f"{failed[0].case}: {failed[0].detail}" if failed else None
 
 
 def assert_parity(

@@ -34,7 +34,7 @@ def no_decay(lab: Lab) -> None:
     one_step(lab, weight_decay=0.0)
 
 
-@case("full")
+@case("hostile", "full")
 def strong_decay(lab: Lab) -> None:
     """Weight decay 10, small gradients: coupled and decoupled decay cannot be mistaken"""
     params = [lab.weights(4099)]
@@ -95,6 +95,12 @@ def other_alpha(lab: Lab) -> None:
 def many_steps(lab: Lab) -> None:
     """60 steps of 65,536 elements"""
     one_step(lab, 65_536, 60)
+
+
+@case("full")
+def old_parameters(lab: Lab) -> None:
+    """300 steps of 17 elements: the step count passes what 8 bits can count"""
+    one_step(lab, 17, 300)
 
 
 def in_dtype(lab: Lab, dtype: torch.dtype) -> None:
@@ -188,7 +194,9 @@ def _compare(
         error <= limit,
         f"after {t:,} steps the parameters are {error:.2g} of their way off, more than {limit:.2g}",
     )
-    if v_error is not None:
+    if v_error is not None and v_error > 0.1 and t == 1:
+        lab.found.free = "its states are not the rule's running averages"
+    if v_error is not None and not lab.found.free:
         need(
             v_error <= v_limit,
             f"after {t:,} steps second moments are {v_error:.2g} off, more than {v_limit:.2g}",

@@ -212,7 +212,7 @@ def _histogram(reports: Sequence[Report]) -> Picture | None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(labels)), labels, rotation=45)
     axes.set(xlabel="error of a parameter after one step, ulps", ylabel="share of results, %")
-    axes.legend(fontsize="small")
+    axes.legend()
     caption = "Errors of single steps in units in the last place; up to 0.5 is correctly rounded"
     alt = "; ".join(f"{name}: {shares[0]:.2f} % correctly rounded" for name, shares in sums.items())
     return Picture(figure, caption, alt)
@@ -225,7 +225,7 @@ def _drift(reports: Sequence[Report]) -> Picture | None:
         for r in one.results
         if len(r.curve) > 1 and r.case in ("long_drift", "long_drift_one_way")
     } or {(one.candidate, r.case): r.curve for one in reports for r in one.results if r.curve}
-    figure = show.figure(6.2, 4.0) if curves else None
+    figure = show.figure() if curves else None
     if figure is None:
         return None
     axes = figure.subplots()
@@ -241,7 +241,7 @@ def _drift(reports: Sequence[Report]) -> Picture | None:
         xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone (root mean square)"
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    axes.legend()
     last = {key: curve[max(curve)][0] for key, curve in curves.items()}
     alt = "; ".join(f"{name} {case}: {error:.2g}" for (name, case), error in last.items())
     return Picture(figure, "Drift of the parameters from float64, free running", alt)

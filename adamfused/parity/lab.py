@@ -43,6 +43,10 @@ class Lab:
     curve: dict[int, tuple[float, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.reseed()
+
+    def reseed(self) -> None:
+        """Starts the random numbers from their beginning."""
         self.rng = np.random.default_rng(0)
 
     # ---- hyper-parameters ------------------------------------------------------------------------

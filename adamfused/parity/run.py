@@ -127,8 +127,8 @@ def run_case(case: Case, lab: Lab) -> Result:
         verdict = FAIL
         detail = f"{type(error).__name__}: {first_line(error)} ({os.path.basename(at.filename)}:{at.lineno})"
     found = lab.found
-    if verdict == PASS and not found.read_states:
-        detail = "its states cannot be read: after the first step compared with a free run"
+    if verdict == PASS and found.free:
+        detail = f"{found.free}: after the first step compared with a free run"
     return Result(
         case.name,
         verdict,
