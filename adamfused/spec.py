@@ -118,6 +118,13 @@ class Spec:
             if p.kind is not p.VAR_POSITIONAL
         }
 
+    @property
+    def package(self) -> str:
+        """The package that it is from, with its version where it tells: ``"torch 2.13.0"``."""
+        name = str(getattr(self.make_with, "__module__", "?")).partition(".")[0]
+        version = getattr(sys.modules.get(name), "__version__", "")
+        return f"{name} {version}".strip()
+
     def takes(self, name: str) -> bool:
         """Whether it has an argument of that name."""
         return name in self.arguments or "**" in self.arguments

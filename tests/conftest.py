@@ -1,7 +1,10 @@
 """What every test gets without asking for it."""
 
+import os
+import subprocess
 from collections.abc import Iterator
 
+import browser as chromium
 import pytest
 import torch
 from cuda_library import Kernels, build
@@ -34,3 +37,15 @@ def leaves_torch_as_it_found_it() -> Iterator[None]:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The CUDA kernels, compiled for the CPU."""
     return Kernels(build(tmp_path_factory.mktemp("all"), "all", "-O1"))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
+    """A headless Chromium. Where there is none: skipped, but in CI installed."""
+    if chromium.find() is None and "CI" in os.environ:
+        subprocess.run(["apt-get", "update", "-qq"], check=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=True)
+    if chromium.find() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with chromium.Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser

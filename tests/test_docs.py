@@ -1,22 +1,43 @@
-"""Every example in a docstring runs and prints what it says."""
+"""Every example in a docstring and in the documentation runs and prints what it says."""
 
 from __future__ import annotations
 
 import doctest
+import importlib
+from pathlib import Path
 
 import pytest
 
-import adamfused.adam
-import adamfused.rmsprop
+import adamfused
 
 pytestmark = pytest.mark.reference
 
+MODULES = (
+    "adam",
+    "rmsprop",
+    "spec",
+    "info",
+    "report",
+    "parity",
+    "bench.interval",
+    "bench.case",
+    "bench.measure",
+)
+PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
 
-@pytest.mark.parametrize("module", [adamfused.adam, adamfused.rmsprop])
-def test_docstring_examples(module) -> None:
-    result = doctest.testmod(module)
-    assert result.attempted >= 6
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"adamfused.{name}"))
+    assert result.attempted >= 1
     assert result.failed == 0
+
+
+@pytest.mark.skipif(not PAGES, reason="the documentation is not beside these tests")
+def test_examples_in_the_documentation() -> None:
+    results = [doctest.testfile(str(page), module_relative=False) for page in PAGES]
+    assert sum(result.attempted for result in results) >= 8
+    assert sum(result.failed for result in results) == 0
 
 
 @pytest.mark.parametrize("cls", [adamfused.Adam, adamfused.AdamW, adamfused.RMSprop])

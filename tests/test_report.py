@@ -15,7 +15,6 @@ import time
 from itertools import combinations
 from pathlib import Path
 
-import browser as chromium
 import numpy as np
 import pytest
 
@@ -459,17 +458,6 @@ def test_page_says_what_readers_and_machines_ask_of_it():
 
 
 # ---- The page in a browser ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium. Where there is none: skipped, but in CI installed."""
-    if chromium.find() is None and "CI" in os.environ:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=True)
-    if chromium.find() is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with chromium.Browser(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def bench(
         load = round(os.getloadavg()[0], 2)
         copy = turns.Copy(device)
         report = Report(
-            machine.facts() | {"load": load},
+            machine.facts() | {"load": load, "packages": [spec.package for spec in specs]},
             str(device),
             str(dtype).removeprefix("torch."),
             list(features),

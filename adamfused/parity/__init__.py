@@ -151,9 +151,8 @@ def parity(
     number = dtype if isinstance(dtype, torch.dtype) else dtype_of(dtype)
     chosen = choose(cases, kind, number)
     name = str(number).removeprefix("torch.")
-    report = Report(
-        str(spec), kind, str(twin or "float64"), name, device, cases, facts=machine.facts()
-    )
+    facts = machine.facts() | {"package": spec.package}
+    report = Report(str(spec), kind, str(twin or "float64"), name, device, cases, facts=facts)
 
     def run_all(run: Callable[[Request], Result]) -> None:
         for case in chosen:

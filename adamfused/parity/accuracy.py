@@ -150,11 +150,11 @@ def rms(x: np.ndarray[Any, Any]) -> float:
 def free_run(lab: Lab, steps: int, mean: float) -> None:
     """Notes the drift after 1, 10, 100, ... steps and compares it with the limit."""
     p = lab.leaf(lab.normal((1024,), torch.float64).mul_(0.02).to(lab.dtype))
-    h = lab.hyper(lr=1e-3, weight_decay=0.01)
-    optimizer = lab.spec.make([p], **h.arguments(lab.family))
+    h = lab.hyper(lr=1e-3, weight_decay=0.01 if lab.spec.takes("weight_decay") else 0.0)
+    optimizer = lab.spec.make([p], **h.arguments(lab.family, lab.spec))
     other, q = None, p.detach().clone().requires_grad_()
     if lab.twin is not None:
-        other = lab.twin.make([q], **h.arguments(lab.family))
+        other = lab.twin.make([q], **h.arguments(lab.family, lab.spec))
     parts = {"param": numbers(p)}
     parts |= {name: np.zeros(1024) for name in exact.STATES[lab.family]}
     path = np.zeros(1024)

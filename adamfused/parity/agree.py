@@ -56,7 +56,7 @@ def agrees(
 def _look(lab: Lab) -> str | None:
     hyper = lab.hyper(lr=1e-2)
     params = [lab.weights(n) for n in SIZES]
-    optimizer = lab.spec.make(params, **hyper.arguments(lab.family))
+    optimizer = lab.spec.make(params, **hyper.arguments(lab.family, lab.spec))
     start = [numbers(p) for p in params]
     wanted = [
         {"param": x} | {name: np.zeros_like(x) for name in exact.STATES[lab.family]} for x in start

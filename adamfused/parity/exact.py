@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..spec import Spec
+
 Array = NDArray[np.float64]
 Parts = dict[str, Array]
 """The parameter as ``"param"`` and its states by torch's names."""
@@ -27,6 +29,14 @@ STATES = {
     "RMSprop": ("square_avg", "momentum_buffer", "grad_avg"),
 }
 """By family: every state that its rule may have."""
+
+_COMMON = ("lr", "eps", "weight_decay", "maximize")
+FIELDS = {
+    "Adam": (*_COMMON, "betas", "amsgrad"),
+    "AdamW": (*_COMMON, "betas", "amsgrad"),
+    "RMSprop": (*_COMMON, "alpha", "momentum", "centered"),
+}
+"""By family: its hyper-parameters, by torch's names."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,9 @@ class Hyper:
     momentum: float = 0.0
     centered: bool = False
 
-    def arguments(self, family: str) -> dict[str, Any]:
-        """As keyword arguments of the family's class."""
-        names = ["lr", "eps", "weight_decay", "maximize"]
-        names += ["alpha", "momentum", "centered"] if family == "RMSprop" else ["betas", "amsgrad"]
-        return {name: getattr(self, name) for name in names}
+    def arguments(self, family: str, spec: Spec) -> dict[str, Any]:
+        """Those of the family that an optimizer takes, as its keyword arguments."""
+        return {name: getattr(self, name) for name in FIELDS[family] if spec.takes(name)}
 
 
 @dataclass(frozen=True)

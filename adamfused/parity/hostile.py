@@ -364,7 +364,7 @@ def plain_steps(
 def both_ways(lab: Lab, params: list[Tensor], other: Callable[..., Any]) -> None:
     """Goes on from a copy that ``other(optimizer, params)`` gives: it must go where the original goes, bit for bit."""
     grads = [[lab.gradient(p, -3, 1) for p in params] for _ in range(6)]
-    optimizer = lab.spec.make(params, **lab.hyper().arguments(lab.family))
+    optimizer = lab.spec.make(params, **lab.hyper().arguments(lab.family, lab.spec))
     plain_steps(optimizer, params, grads[:3])
     copies, copied = other(optimizer, params)
     plain_steps(optimizer, params, grads[3:])
@@ -379,7 +379,7 @@ def saved_and_loaded(lab: Lab, optimizer: Optimizer, params: list[Tensor]) -> An
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     copies = [p.detach().clone().requires_grad_() for p in params]
-    fresh = lab.spec.make(copies, **lab.hyper().arguments(lab.family))
+    fresh = lab.spec.make(copies, **lab.hyper().arguments(lab.family, lab.spec))
     fresh.load_state_dict(torch.load(file, weights_only=True))
     return copies, fresh
 
@@ -418,7 +418,7 @@ def final_bits(lab: Lab, threads: int) -> list[bytes]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        optimizer = lab.spec.make(params, **lab.hyper().arguments(lab.family))
+        optimizer = lab.spec.make(params, **lab.hyper().arguments(lab.family, lab.spec))
         plain_steps(optimizer, params, grads)
     finally:
         torch.set_num_threads(before)
@@ -454,7 +454,7 @@ def sparse_gradient(lab: Lab) -> None:
 def wrong_shape(lab: Lab) -> None:
     """A parameter whose data was replaced by another shape after a step is refused before anything moves"""
     params = [lab.weights(33), lab.weights(64)]
-    optimizer = lab.spec.make(params, **lab.hyper().arguments(lab.family))
+    optimizer = lab.spec.make(params, **lab.hyper().arguments(lab.family, lab.spec))
     plain_steps(optimizer, params, [[lab.gradient(p) for p in params]])
     p = params[1]
     p.grad = None

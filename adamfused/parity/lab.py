@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Spec, Unsupported
-from .exact import Hyper
+from .exact import FIELDS, Hyper
 from .walk import Fail, Found, Walk
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,7 +57,7 @@ class Lab:
         Raises:
             Unsupported: if the candidate does not take something wanted.
         """
-        names = Hyper().arguments(self.family)
+        names = FIELDS[self.family]
         values: dict[str, Any] = {"lr": 1e-2}
         for name in names:
             default = getattr(self.spec.arguments.get(name), "default", inspect.Parameter.empty)

@@ -26,6 +26,7 @@ from .walk import NEAREST, Fail, Found
 
 PASS, FAIL, REFUSED = "PASS", "FAIL", "NOT SUPPORTED"
 SETS = ("quick", "full", "hostile")
+ENOUGH = 50_000  # 16-bit results, for a share of 99.9 % to mean something
 
 
 @dataclass
@@ -153,7 +154,7 @@ def _too_far(found: Found, against_twin: bool) -> str:
         return f"{much}: {found.worst}"
     for name, (good, total) in found.shares.items():
         least = NEAREST[getattr(torch, name.removeprefix("torch."))]
-        if total >= 1000 and good < least * total and not against_twin:
+        if total >= ENOUGH and good < least * total and not against_twin:
             share = f"{100 * good / total:.2f} % of {name.removeprefix('torch.')} results"
             return f"{share} are the nearest to the exact one; expected {100 * least} %"
     return ""

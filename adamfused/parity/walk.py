@@ -162,11 +162,11 @@ class Walk:
     def _make(
         self, spec: Spec, params: list[list[Tensor]], groups: Sequence[tuple[Any, Hyper]]
     ) -> Optimizer:
-        hypers = [h.arguments(self.family) for _, h in groups]
+        hypers = [h.arguments(self.family, self.spec) for _, h in groups]
         if len(groups) == 1:
             return spec.make(params[0], **hypers[0])
         entries = [
-            {"params": some} | {k: v for k, v in h.items() if spec.takes(k)}
+            {"params": some} | {k: v for k, v in h.items() if k not in spec.options}
             for some, h in zip(params, hypers, strict=True)
         ]
         return spec.make(entries, **hypers[0])
