@@ -210,9 +210,10 @@ def _histogram(reports: Sequence[Report]) -> Picture | None:
         places = [i + (k - (len(sums) - 1) / 2) * width for i in range(len(shares))]
         axes.bar(places, shares, width, label=name, color=show.COLOURS[k % len(show.COLOURS)])
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(labels)), labels, rotation=45)
     axes.set(xlabel="error of a parameter after one step, ulps", ylabel="share of results, %")
-    axes.legend()
+    figure.legend(loc="outside upper left")
     caption = "Errors of single steps in units in the last place; up to 0.5 is correctly rounded"
     alt = "; ".join(f"{name}: {shares[0]:.2f} % correctly rounded" for name, shares in sums.items())
     return Picture(figure, caption, alt)
@@ -238,10 +239,12 @@ def _drift(reports: Sequence[Report]) -> Picture | None:
         errors = [error for error, _ in curve.values()]
         axes.plot(list(curve), errors, ls="--" if one_way else "-", label=label, **line)
     axes.set(
-        xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone (root mean square)"
+        xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone, rms"
     )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper left")
     last = {key: curve[max(curve)][0] for key, curve in curves.items()}
     alt = "; ".join(f"{name} {case}: {error:.2g}" for (name, case), error in last.items())
     return Picture(figure, "Drift of the parameters from float64, free running", alt)
@@ -275,8 +278,10 @@ def command(reports: Sequence[Report]) -> str:
 
 def page(reports: Sequence[Report], pictures: Sequence[Picture]) -> str:
     """The HTML page."""
-    blocks: list[Any] = [side_by_side(reports)] if len(reports) > 1 else []
-    blocks += pictures or [f"No pictures: matplotlib is not here (`{show.TOOLS_HINT}`)."]
+    blocks: list[Any] = [*pictures]
+    if show.optional("matplotlib") is None:
+        blocks = [f"No pictures: matplotlib is not here (`{show.TOOLS_HINT}`)."]
+    blocks += [side_by_side(reports)] if len(reports) > 1 else []
     for one in reports:
         blocks += [table(one), *(line.strip() for line in complaints(one))]
     title = "Numerical parity of " + ", ".join(one.candidate for one in reports)

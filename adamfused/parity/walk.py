@@ -269,7 +269,7 @@ class Walk:
         self._judge(
             i, "param", self.params[i].dtype, numbers(self.params[i]), wanted, limits, parts, g
         )
-        if t == 1 and self.found.ratio <= 1 and _other_meaning(after or {}, wanted):
+        if t == 1 and self.found.ratio <= 1 and _other_meaning(after or {}, wanted, limits):
             self.found.free = "its states are not the rule's running averages"
         for name, state in (after or {}).items():
             if state.judged and not self.found.free:
@@ -386,12 +386,14 @@ class Walk:
         self._note(i, "param", ratio, mine, other, limit, {"param": p}, g)
 
 
-def _other_meaning(states: Mapping[str, State], wanted: Parts) -> bool:
+def _other_meaning(states: Mapping[str, State], wanted: Parts, limits: Parts) -> bool:
     """Whether most elements of a state are more than a tenth off: it is something else, bias-corrected say."""
     for name, state in states.items():
         known = np.isfinite(wanted[name]) & (wanted[name] != 0)
-        off = np.abs(state.values[known] / wanted[name][known] - 1)
-        if len(off) and np.median(off) > 0.1:
+        error = np.abs(state.values - wanted[name])
+        # Where squares underflow, a state of 0 is right.
+        off = (error > 0.1 * np.abs(wanted[name])) & (error > limits[name])
+        if known.any() and np.median(off[known]) > 0.5:
             return True
     return False
 
