@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Browser
 from torch import Tensor
 
 from adamfused import bench as command
@@ -321,6 +322,17 @@ def test_the_page_has_machine_tables_and_command(report: Report) -> None:
         "python -m adamfused",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (400, True)])
+def test_the_page_in_a_browser(
+    report: Report, browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    path = tmp_path / "bench.html"
+    path.write_text(page(report), encoding="utf-8")
+    view = browser.view(path, width, dark=dark)
+    assert not view.errors and not view.requests and not view.sideways
+    assert min(text["contrast"] for text in view.texts) >= 4.5
 
 
 # ---- features ------------------------------------------------------------------------------------

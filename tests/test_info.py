@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -77,3 +78,8 @@ def test_as_json_it_is_whole(capsys) -> None:
     assert found["ok"] and found["facts"]["torch"] == torch.__version__
     assert found["isas"] == (dict(backend._C.isas()) if backend._C else {})
     assert {"device", "dtype", "optimizer", "backend", "reason", "test"} == set(found["uses"][0])
+
+
+def test_it_is_installed_as_a_program_too() -> None:
+    entries = importlib.metadata.entry_points(group="console_scripts", name="adamfused")
+    assert {entry.load() for entry in entries} == {main}

@@ -372,6 +372,18 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: Browser, width: int, dar
     assert min(text["contrast"] for text in view.texts) >= 4.5
 
 
+def test_without_the_tools_the_page_says_what_to_install(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for module in ("matplotlib", "rich"):
+        monkeypatch.setitem(sys.modules, module, None)
+    page, plot = tmp_path / "page.html", tmp_path / "plot.png"
+    options = ["--cases", "nan,drift", "--html", str(page), "--plot", str(plot)]
+    assert main(["parity", "--candidate", "adamfused:Adam", *options]) == 0
+    assert "pip install" in page.read_text() and not plot.exists()
+    assert "pip install 'adamfused[tools]'" in capsys.readouterr().out
+
+
 @pytest.mark.reference
 def test_it_runs_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "adamfused", "parity", "--candidate", "torch.optim:Adam"]

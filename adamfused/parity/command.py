@@ -13,7 +13,7 @@ from .. import report as show
 from ..report import Column, Picture, Table
 from ..spec import FAMILIES, Spec, parse_list
 from . import Report, parity
-from .run import FAIL, REFUSED, Result, choose, dtype_of
+from .run import REFUSED, Result, choose, dtype_of
 from .walk import ULP_EDGES
 
 HELP = "compare an optimizer's numbers with float64, and try what breaks optimizers"
@@ -112,15 +112,19 @@ def _write(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     pictures = drawings(reports) if args.html or args.plot else []
     if args.html:
         args.html.write_text(page(reports, pictures), encoding="utf-8")
+    names = [_picture_name(args.plot, k) for k in range(len(pictures))] if args.plot else []
     if args.markdown:
-        args.markdown.write_text(markdown(reports), encoding="utf-8")
+        shown = [(name.name, p.alt) for name, p in zip(names, pictures, strict=False)]
+        args.markdown.write_text(markdown(reports, shown), encoding="utf-8")
     if args.plot and not pictures:
-        print(f"No picture: matplotlib is not here, or nothing to draw ({show.TOOLS_HINT}).")
-    elif args.plot:
-        for k, picture in enumerate(pictures):
-            name = args.plot.with_stem(args.plot.stem + ("-drift" if k else ""))
-            show.save(picture.figure, name)
-            print(f"{picture.caption}: {name}")
+        print(f"No picture: nothing to draw, or matplotlib is not here ({show.TOOLS_HINT}).")
+    for name, picture in zip(names, pictures, strict=False):
+        show.save(picture.figure, name)
+        print(f"{picture.caption}: {name}")
+
+
+def _picture_name(plot: Path, k: int) -> Path:
+    return plot.with_stem(plot.stem + "-drift") if k else plot
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -238,9 +242,7 @@ def _drift(reports: Sequence[Report]) -> Picture | None:
         label = f"{name}{', gradients of mean 1' if one_way else ''}"
         errors = [error for error, _ in curve.values()]
         axes.plot(list(curve), errors, ls="--" if one_way else "-", label=label, **line)
-    axes.set(
-        xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone, rms"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone, rms")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
@@ -288,28 +290,30 @@ def page(reports: Sequence[Report], pictures: Sequence[Picture]) -> str:
     return show.page(title, lead(reports), reports[0].facts, blocks, command(reports))
 
 
-def markdown(reports: Sequence[Report]) -> str:
-    """The same as a page of a repository."""
-    wide = side_by_side(reports)
-    lines = ["# Numerical parity", "", lead(reports), "", "    " + command(reports), ""]
-    facts = reports[0].facts
-    lines += [
-        ", ".join(str(facts[k]) for k in ("cpu", "machine", "date")) + f", torch {facts['torch']}",
-        "",
-    ]
-    lines += [
-        "| "
-        + " | ".join(f"`{c.title}`" if i else "case" for i, c in enumerate(wide.columns))
-        + " |"
-    ]
-    lines += ["|" + "---|" * len(wide.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in wide.rows]
+def markdown(reports: Sequence[Report], pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """The same as a page of a repository; ``pictures`` are file names with what they show."""
+    wide, facts = side_by_side(reports), reports[0].facts
+    packages = dict.fromkeys(one.facts["package"] for one in reports)
     about = {r.case: r.about for one in reports for r in one.results}
-    lines += ["", "## The cases", "", "| case | what is tested |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for name, text in about.items()]
+
+    def row(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    lines = ["# Numerical parity", "", lead(reports), "", "    " + command(reports), ""]
+    lines += [f"{facts['cpu']}, {facts['machine']}, {facts['date']}; {', '.join(packages)}.", ""]
+    lines += [f"![{alt}]({name})" for name, alt in pictures] + [""] * bool(pictures)
+    lines += [row(["case", *(f"`{c.title}`" for c in wide.columns[1:])])]
+    lines += ["|" + "---|" * len(wide.columns), *map(row, wide.rows)]
+    lines += [
+        "",
+        "## The cases",
+        "",
+        "| case | what is tested |",
+        "|---|---|",
+        *map(row, about.items()),
+    ]
     lines += ["", "## What is wrong where", ""]
     for one in reports:
-        told = [r for r in one.results if r.verdict == FAIL]
-        lines += [f"### `{one.candidate}`", "", one.summary(), ""]
-        lines += [f"* **{r.case}**: {r.detail}" for r in told] + [""] * bool(told)
+        lines += [f"### `{one.candidate}`", "", f"{one.summary()}.", ""]
+        lines += [f"* **{r.case}**: {r.detail}" for r in one.failures] + [""] * bool(one.failures)
     return "\n".join(lines).rstrip() + "\n"

@@ -390,7 +390,8 @@ def _other_meaning(states: Mapping[str, State], wanted: Parts, limits: Parts) ->
     """Whether most elements of a state are more than a tenth off: it is something else, bias-corrected say."""
     for name, state in states.items():
         known = np.isfinite(wanted[name]) & (wanted[name] != 0)
-        error = np.abs(state.values - wanted[name])
+        with np.errstate(invalid="ignore"):
+            error = np.abs(state.values - wanted[name])
         # Where squares underflow, a state of 0 is right.
         off = (error > 0.1 * np.abs(wanted[name])) & (error > limits[name])
         if known.any() and np.median(off[known]) > 0.5:
