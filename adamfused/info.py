@@ -163,7 +163,7 @@ def lines(found: Info) -> dict[str, str]:
         for name, here in found.isas.items()
     ]
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA"
-    kernels = "none: " + str(backend.NATIVE_ERROR)
+    kernels = f"none: {backend.NATIVE_ERROR}" if backend.NATIVE_ERROR else "yes"
     if built and not backend.NATIVE_ERROR:
         kernels = f"for torch {built.get('torch')}, " + (
             f"CUDA {built['cuda']} for {', '.join(built['cuda_archs'])}"

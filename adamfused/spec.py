@@ -22,6 +22,9 @@ FAMILIES = ("Adam", "AdamW", "RMSprop")
 # What apex, DeepSpeed and torch call the switch between Adam and AdamW.
 _DECOUPLED = ("adam_w_mode", "adamw_mode", "decoupled_weight_decay")
 
+# Optimizers with Adam in their name and another rule.
+_OTHERS = ("NAdam", "RAdam", "Adamax", "SparseAdam", "ScheduleFree", "Mini")
+
 
 class Unsupported(Exception):
     """An optimizer cannot do what it was asked to, and said so. The message is one line."""
@@ -151,7 +154,7 @@ class Spec:
         given = {k: v for k, v in given.items() if self.takes(k) and k not in off}
         try:
             return self.make_with(params, **{**given, **self.options})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from error
 
     def __str__(self) -> str:
@@ -171,7 +174,12 @@ def parse_list(text: str) -> list[Spec]:
             parts.append(text[begin:i])
             begin = i + 1
     parts.append(text[begin:])
-    return [Spec.parse(part.strip()) for part in parts if part.strip()]
+    specs = [Spec.parse(part.strip()) for part in parts if part.strip()]
+    if not specs:
+        raise ValueError(
+            f"{text!r} names no optimizer; expected module:Class, several with commas between"
+        )
+    return specs
 
 
 def first_line(error: BaseException) -> str:
@@ -195,7 +203,7 @@ def _load(name: str) -> Any:
         sys.modules.setdefault(path.stem, module)  # where pickle and dataclasses look it up
         spec.loader.exec_module(module)
         return module
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -226,10 +234,14 @@ def _value(node: ast.expr) -> Any:
 
 
 def _family_of(made: Any, options: Mapping[str, Any]) -> str | None:
-    name = getattr(made, "__name__", "").lower()
-    if "rmsprop" in name:
+    # A subclass of torch's class is of its family, whatever it is called.
+    for base in getattr(made, "__mro__", ()):
+        if base.__module__.startswith(("torch.optim.", "adamfused.")) and base.__name__ in FAMILIES:
+            return "AdamW" if options.get("decoupled_weight_decay") else str(base.__name__)
+    name = str(getattr(made, "__name__", ""))
+    if "rmsprop" in name.lower():
         return "RMSprop"
-    if "adam" not in name or "adamax" in name:
+    if "adam" not in name.lower() or any(other in name for other in _OTHERS):
         return None
     try:
         known = dict(inspect.signature(made).parameters)
@@ -240,4 +252,4 @@ def _family_of(made: Any, options: Mapping[str, Any]) -> str | None:
             return "AdamW" if options[switch] else "Adam"
         if switch in known and known[switch].default is True:
             return "AdamW"
-    return "AdamW" if "adamw" in name else "Adam"
+    return "AdamW" if "adamw" in name.lower() else "Adam"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,5 +83,6 @@ def test_as_json_it_is_whole(capsys) -> None:
 
 
 def test_it_is_installed_as_a_program_too() -> None:
-    entries = importlib.metadata.entry_points(group="console_scripts", name="adamfused")
-    assert {entry.load() for entry in entries} == {main}
+    program = Path(sys.executable).with_name("adamfused")
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"adamfused {adamfused.__version__}\n"

@@ -33,11 +33,20 @@ def test_a_list_may_have_commas_in_brackets() -> None:
         ("torch.optim:Adam[decoupled_weight_decay=True]", "AdamW"),
         ("torch.optim:RMSprop", "RMSprop"),
         ("torch.optim:Adamax", None),
+        ("torch.optim:NAdam", None),
+        ("torch.optim:SparseAdam", None),
         ("torch.optim:SGD", None),
     ],
 )
 def test_the_family_is_told_from_the_name(text: str, family: str | None) -> None:
     assert Spec.parse(text).family == family
+
+
+def test_a_subclass_is_of_the_family_of_torchs_class() -> None:
+    class MyAdam(torch.optim.AdamW):
+        pass
+
+    assert Spec.of(MyAdam).family == "AdamW"
 
 
 def test_apex_and_deepspeed_call_adamw_adam() -> None:
@@ -95,6 +104,8 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="'' names no optimizer"):
+        parse_list("")
     with pytest.raises(ValueError, match="expected module:Class or an optimizer class; got int 3"):
         Spec.of(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="family must be one of Adam, AdamW, RMSprop; got 'SGD'"):

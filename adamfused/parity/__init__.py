@@ -10,7 +10,7 @@ does the same from Python, and :func:`assert_parity` in a test suite.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from .run import (
     Request,
     Result,
     Server,
+    check_device,
     choose,
     dtype_of,
     lab_for,
@@ -42,7 +43,7 @@ class Report:
     """What all cases said of one optimizer.
 
     Attributes:
-        candidate, family, against, dtype, device, cases: what was run.
+        candidate, family, against, dtype, device, cases, steps, same_bits: what was run.
         results: one per case.
         facts: machine and versions, see :func:`adamfused.machine.facts`.
     """
@@ -53,14 +54,18 @@ class Report:
     dtype: str
     device: str
     cases: str
+    steps: int = 10_000
+    same_bits: bool = False
     results: list[Result] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """No case failed, and at least one passed."""
-        verdicts = [r.verdict for r in self.results]
-        return FAIL not in verdicts and PASS in verdicts
+        """No case failed, and one at least passed in which numbers were compared."""
+        compared = [
+            r for r in self.results if r.verdict == PASS and (r.ratio is not None or r.curve)
+        ]
+        return not self.failures and bool(compared)
 
     @property
     def failures(self) -> list[Result]:
@@ -109,7 +114,7 @@ def parity(
         dtype: of the parameters.
         device: of the parameters.
         steps: the length of the longest free run.
-        same_bits: with ``against`` an optimizer: every bit must be equal.
+        same_bits: with ``against`` an optimizer: every bit of the parameters must be equal.
         seconds: how long one case may take in a child process.
         isolated: whether each case runs in a child process of its own, so that a crash or a hang is a result. ``None``
             for yes where the candidate is a text, which another process can import.
@@ -143,16 +148,21 @@ def parity(
         raise ValueError(
             "same_bits compares with an optimizer; give against='reference' or module:Class"
         )
-    by_text = isinstance(candidate, str) and (twin is None or not callable(against))
+    by_text = isinstance(candidate, str) and isinstance(against, str)
     if isolated and not by_text:
         raise ValueError(
             "only an optimizer given as module:Class can run in another process; use isolated=False"
         )
-    number = dtype if isinstance(dtype, torch.dtype) else dtype_of(dtype)
+    number = dtype_of(str(dtype))
+    check_device(device)
+    if steps < 1 or seconds <= 0:
+        raise ValueError(f"steps and seconds must be above 0; got {steps} and {seconds}")
     chosen = choose(cases, kind, number)
     name = str(number).removeprefix("torch.")
     facts = machine.facts() | {"package": spec.package}
-    report = Report(str(spec), kind, str(twin or "float64"), name, device, cases, facts=facts)
+    report = Report(
+        str(spec), kind, str(twin or "float64"), name, device, cases, steps, same_bits, facts=facts
+    )
 
     def run_all(run: Callable[[Request], Result]) -> None:
         for case in chosen:
@@ -178,14 +188,14 @@ def parity(
 def assert_parity(
     candidate: Spec | str | Callable[..., Optimizer],
     *,
-    expected_failures: Sequence[str] = (),
+    expected_failures: Collection[str] = (),
     **arguments: Any,
 ) -> Report:
     """Fails a test unless an optimizer passes.
 
     Args:
         candidate: as in :func:`parity`.
-        expected_failures: names of cases that are known to fail. If one passes, that is an error too.
+        expected_failures: names of cases that are known to fail. One that does not is an error too.
         arguments: as in :func:`parity`.
 
     Returns:
@@ -199,11 +209,15 @@ def assert_parity(
         >>> assert_parity(torch.optim.Adam, cases="defaults,nan").summary()
         '2 PASS, 0 FAIL, 0 NOT SUPPORTED'
     """
+    if isinstance(expected_failures, str):
+        raise ValueError(f"expected_failures must be a list of names; got {expected_failures!r}")
     report = parity(candidate, **arguments)
     wrong = [f"{r.case}: {r.detail}" for r in report.failures if r.case not in expected_failures]
-    passed = [r.case for r in report.results if r.verdict == PASS and r.case in expected_failures]
-    wrong += [f"{name}: expected to fail, and passed" for name in passed]
-    if wrong or not (report.passed or expected_failures):
+    failed = {r.case for r in report.failures}
+    wrong += [
+        f"{name}: expected to fail, and did not" for name in expected_failures if name not in failed
+    ]
+    if wrong or not (report.passed or failed):
         lines = "\n".join(wrong or [f"no case passed: {report.summary()}"])
         raise AssertionError(f"{report.candidate} against {report.against}:\n{lines}")
     return report

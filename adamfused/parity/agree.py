@@ -49,7 +49,7 @@ def agrees(
         return _look(lab)
     except Unsupported as refusal:
         return str(refusal)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {first_line(error)}"
 
 

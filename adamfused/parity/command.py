@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from .. import report as show
 from ..report import Column, Picture, Table
 from ..spec import FAMILIES, Spec, parse_list
 from . import Report, parity
+from .lab import CASES
 from .run import REFUSED, Result, choose, dtype_of
 from .walk import ULP_EDGES
 
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument(
         "--candidate",
-        required=True,
+        default="",
         metavar="SPEC,...",
         help="what to test: module:Class or dir/file.py:Class, with options in brackets, such as "
         "torch.optim:AdamW[fused=True]; several with commas between",
@@ -44,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10_000, help="of the longest free run (10000)")
     parser.add_argument("--family", choices=FAMILIES, help="where the class's name does not tell")
     parser.add_argument(
-        "--same-bits", action="store_true", help="with --against an optimizer: each bit must agree"
+        "--same-bits",
+        action="store_true",
+        help="with --against an optimizer: all bits of the parameters",
     )
     parser.add_argument(
         "--timeout",
@@ -53,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that a case may take (120)",
     )
-    parser.add_argument("--list", action="store_true", help="say what the cases are, run nothing")
+    parser.add_argument("--list", action="store_true", help="say what all cases are, run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all results")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the same for a repository")
@@ -64,26 +68,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code: 1 if a case failed, 2 if nothing could be run."""
+    if args.list:
+        columns = [Column(name, left=True) for name in ("case", "sets", "what is tested")]
+        rows = [[case.name, ", ".join(case.sets), case.about] for case in CASES.values()]
+        show.show(Table("Cases", columns, rows))
+        return OK
     try:
-        specs = [Spec.of(spec, family=args.family) for spec in parse_list(args.candidate)]
-        cases = [choose(args.cases, s.family or "AdamW", dtype_of(args.dtype)) for s in specs]
-        if args.list:
-            for case in cases[0] if cases else []:
-                print(f"{case.name:<22}{case.about}")
-            return OK
+        _check_outputs(args)
+        specs = [_of_a_family(spec, args.family) for spec in parse_list(args.candidate)]
+        families = [spec.family or "" for spec in specs]
+        cases = [choose(args.cases, family, dtype_of(args.dtype)) for family in families]
         reports = _run_all(args, specs, sum(map(len, cases)))
-    except ValueError as error:
+        for one in reports:
+            show.show(table(one))
+            for line in complaints(one):
+                print(line)
+            print()
+        if len(reports) > 1:
+            show.show(side_by_side(reports))
+        _write(args, reports)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
-    for one in reports:
-        show.show(table(one))
-        for line in complaints(one):
-            print(line)
-        print()
-    if len(reports) > 1:
-        show.show(side_by_side(reports))
-    _write(args, reports)
     return OK if all(one.passed for one in reports) else FAILED
+
+
+def _of_a_family(spec: Spec, family: str | None) -> Spec:
+    spec = Spec.of(spec, family=spec.family or family)
+    if spec.family is None:
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"the rule of {spec} is not known from its name; say --family, one of {known}"
+        )
+    return spec
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuses what could not be written, before time is spent."""
+    for flag in ("json", "html", "markdown", "plot"):
+        path = getattr(args, flag)
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"--{flag} {path}: that cannot be written")
+    if args.plot is not None and args.plot.suffix.lower() not in show.SUFFIXES:
+        raise ValueError(
+            f"--plot {args.plot}: expected a name that ends in {', '.join(show.SUFFIXES)}"
+        )
 
 
 def _run_all(args: argparse.Namespace, specs: Sequence[Spec], total: int) -> list[Report]:
@@ -271,11 +302,13 @@ def command(reports: Sequence[Report]) -> str:
     one = reports[0]
     names = ",".join(r.candidate for r in reports)
     text = f"python -m adamfused parity --candidate '{names}' --cases {one.cases}"
-    options = {"against": "float64", "dtype": "float32", "device": "cpu"}
+    options = {"against": "float64", "dtype": "float32", "device": "cpu", "steps": 10_000}
     for name, default in options.items():
         if getattr(one, name) != default:
             text += f" --{name} '{getattr(one, name)}'"
-    return text
+    if any(Spec.of(r.candidate).family is None for r in reports):
+        text += f" --family {one.family}"
+    return text + " --same-bits" * one.same_bits
 
 
 def page(reports: Sequence[Report], pictures: Sequence[Picture]) -> str:

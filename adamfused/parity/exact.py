@@ -129,7 +129,7 @@ def bounds(family: str, h: Hyper, t: int, g: Array, parts: Parts, to: Precision)
         g = (-g if h.maximize else g) + (coupled * p if coupled else 0.0)
 
         def mean_error(a: Array, after: Array, beta: float) -> Array:
-            went_in = beta * np.abs(a) + (1 - beta) * np.abs(g)
+            went_in = max(beta, 1 - beta) * np.abs(a) + (1 - beta) * np.abs(g)
             return u * (np.abs(after) + 3 * went_in) + (1 - beta) * e_g + to.tiny
 
         def square_error(after: Array, beta: float) -> Array:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..spec import Unsupported, first_line
+from ..spec import Unsupported
 from .lab import Lab, case, need
-from .walk import bits, give_gradient
+from .walk import bits, plain_step
 
 SEAMS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1023, 1024, 1025, 4095, 4097)
 
@@ -256,7 +256,7 @@ def lr_schedule(lab: Lab) -> None:
 @case("hostile", "full")
 def tensor_lr(lab: Lab) -> None:
     """lr is a tensor that changes in place"""
-    p, hyper = lab.weights(129), lab.hyper()
+    p, hyper = lab.weights(129), lab.hyper(lr=0.01)
     lr: Any = torch.tensor(0.01, dtype=torch.float64)
     walk = lab.walk(([p], replace(hyper, lr=lr)))
     for t in range(3):
@@ -353,12 +353,7 @@ def plain_steps(
 ) -> None:
     """Steps without comparing. Raises Unsupported if the optimizer refuses."""
     for some in grads:
-        for p, g in zip(params, some, strict=True):
-            give_gradient(p, g.clone())
-        try:
-            optimizer.step()
-        except Exception as error:
-            raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from error
+        plain_step(optimizer, params, [g.clone() for g in some])
 
 
 def both_ways(lab: Lab, params: list[Tensor], other: Callable[..., Any]) -> None:
@@ -447,7 +442,7 @@ def sparse_gradient(lab: Lab) -> None:
     walk = lab.run(params, 1)
     grads = [lab.gradient(p) for p in params]
     grads[1][2:] = 0
-    walk.step(grads, given=[grads[0], grads[1].to_sparse(1)])
+    walk.step(grads, given=[grads[0], grads[1].to_sparse(1)], refusable=True)
 
 
 @case("hostile", "full")

@@ -67,6 +67,8 @@ class Lab:
         for name, value in wanted.items():
             if name in names and not self.spec.takes(name) and value != getattr(Hyper(), name):
                 raise Unsupported(f"it takes no {name}")
+            if name in self.spec.options and self.spec.options[name] != value:
+                raise Unsupported(f"its spec fixes {name}")
             values[name] = value
         values |= {k: v for k, v in self.spec.options.items() if k in names}
         return Hyper(**{k: v for k, v in values.items() if k in names})

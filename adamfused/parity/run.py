@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -93,6 +94,14 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
+def check_device(name: str) -> None:
+    """Raises ValueError if torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be had: {first_line(error)}") from None
+
+
 def choose(cases: str, family: str, dtype: torch.dtype) -> list[Case]:
     """The cases of a set, or of a comma-separated list of names, for a family and a dtype.
 
@@ -100,7 +109,7 @@ def choose(cases: str, family: str, dtype: torch.dtype) -> list[Case]:
         ValueError: for a name that is neither a set nor a case.
     """
     chosen: list[Case] = []
-    for name in cases.split(","):
+    for name in map(str.strip, cases.split(",")):
         some = [c for c in CASES.values() if name in c.sets or name == c.name]
         if not some:
             raise ValueError(
@@ -123,7 +132,7 @@ def run_case(case: Case, lab: Lab) -> Result:
         verdict, detail = (FAIL, detail) if detail else (REFUSED, str(refusal))
     except Fail as failure:
         verdict, detail = FAIL, str(failure)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         verdict = FAIL
         detail = f"{type(error).__name__}: {first_line(error)} ({os.path.basename(at.filename)}:{at.lineno})"
@@ -201,6 +210,7 @@ class Server:
             stderr=self._errors,
             text=True,
             # Threads that sleep while they wait: on a busy machine those that spin take minutes for seconds' work.
+            start_new_session=True,  # so that close() ends the children too
             env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
             | os.environ
             | {"PYTHONPATH": path},
@@ -230,7 +240,8 @@ class Server:
         """Ends the process."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -271,12 +282,17 @@ def _in_a_child(request: Request, candidate: Spec, twin: Spec | None, seconds: f
         begin = time.perf_counter()
         pid = os.fork()
         if pid == 0:
-            os.dup2(errors.fileno(), 2)
-            os.dup2(errors.fileno(), 1)
-            result = run_case(case, lab_for(request, candidate, twin))
-            with os.fdopen(writing, "w") as pipe:
-                pipe.write(json.dumps(asdict(result), allow_nan=False))
-            os._exit(0)
+            try:
+                os.dup2(errors.fileno(), 2)
+                os.dup2(errors.fileno(), 1)
+                result = run_case(case, lab_for(request, candidate, twin))
+                with os.fdopen(writing, "w") as pipe:
+                    pipe.write(json.dumps(asdict(result), allow_nan=False))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         os.close(writing)
         answer, end = b"", begin + seconds
         while True:

@@ -69,8 +69,8 @@ class State:
     judged: bool
 
 
-def states_of(optimizer: Optimizer, p: Tensor, family: str) -> dict[str, State] | None:
-    """The states of a parameter by torch's names, or ``None`` if it has states but none that can be read."""
+def states_of(optimizer: Optimizer, p: Tensor, family: str, h: Hyper) -> dict[str, State] | None:
+    """The states of a parameter by torch's names, or ``None`` if it has states and not all that it uses can be read."""
     entry = optimizer.state.get(p) or {}
     found = {}
     for name in exact.STATES[family]:
@@ -84,8 +84,9 @@ def states_of(optimizer: Optimizer, p: Tensor, family: str) -> dict[str, State] 
             if t.is_floating_point() or t.is_complex():
                 found[name] = State(numbers(t), t.dtype, plain)
                 break
-    first_two = exact.STATES[family][: 1 if family == "RMSprop" else 2]
-    return found if not entry or all(name in found for name in first_two) else None
+    used = {"max_exp_avg_sq": h.amsgrad, "momentum_buffer": h.momentum, "grad_avg": h.centered}
+    needed = [name for name in exact.STATES[family] if used.get(name, True)]
+    return found if not entry or all(name in found for name in needed) else None
 
 
 @dataclass
@@ -100,12 +101,13 @@ class Place:
     exact: float
     limit: float
     before: dict[str, float]
+    of: str = "exact"
 
     def __str__(self) -> str:
         before = ", ".join(f"{name} {value:.9g}" for name, value in self.before.items())
         return (
-            f"{self.part} [{self.index}] of tensor {self.tensor} at step {self.step}: got {self.got:.9g}, exact "
-            f"{self.exact:.9g}, allowed {self.limit:.3g} (before: {before})"
+            f"{self.part} [{self.index}] of tensor {self.tensor} at step {self.step}: got {self.got:.9g}, "
+            f"{self.of} {self.exact:.9g}, allowed {self.limit:.3g} off (before: {before})"
         )
 
 
@@ -157,7 +159,10 @@ class Walk:
         if twin is not None:
             rest = iter(self.twins)
             copies = [[next(rest) for _ in params] for params, _ in groups]
-            self.twin = self._make(twin, copies, groups)
+            try:
+                self.twin = self._make(twin, copies, groups)
+            except Unsupported as refusal:
+                raise Unsupported(f"the other, {twin}: {refusal}") from refusal
 
     def _make(
         self, spec: Spec, params: list[list[Tensor]], groups: Sequence[tuple[Any, Hyper]]
@@ -195,6 +200,7 @@ class Walk:
         grads: Sequence[Tensor | None],
         how: Callable[[Optimizer], object] | None = None,
         given: Sequence[Tensor | None] | None = None,
+        refusable: bool = False,
     ) -> None:
         """Gives every parameter its gradient, steps, and compares.
 
@@ -202,12 +208,14 @@ class Walk:
             grads: one per parameter, as the rule is to see it; ``None`` for a parameter that is to stay.
             how: what makes the step, if not ``optimizer.step()``.
             given: what the gradients are set to, if not ``grads``.
+            refusable: whether it may refuse though it made steps before.
 
         Raises:
             Unsupported: if the optimizer refused, and no parameter had moved.
             Fail: if it raised after one had moved, or moved one that has no gradient.
         """
-        known = [states_of(self.optimizer, p, self.family) for p in self.params]
+        pairs = zip(self.params, self.hypers, strict=True)
+        known = [states_of(self.optimizer, p, self.family, h) for p, h in pairs]
         before = [numbers(p) for p in self.params]
         kept = [bits(p) for p in self.params]
         old = self._kept_states()
@@ -218,15 +226,23 @@ class Walk:
             how(self.optimizer) if how else self.optimizer.step()
         except Fail:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {first_line(error)}"
+            if sum(self.ages) and not refusable:
+                raise Fail(f"it raised after {max(self.ages)} steps: {said}") from error
             if [bits(p) for p in self.params] != kept or self._kept_states(old) != old:
                 raise Fail(f"it raised when something had already moved: {said}") from error
             raise Unsupported(said) from error
+        others = [numbers(q) for q in self.twins]
         if self.twin is not None:
             for q, g in zip(self.twins, grads, strict=True):
                 give_gradient(q, None if g is None else g.clone())
-            self.twin.step()
+            try:
+                self.twin.step()
+            except (Exception, SystemExit) as error:
+                raise Unsupported(
+                    f"the other raised {type(error).__name__}: {first_line(error)}"
+                ) from error
         for i, g64 in enumerate(seen):
             if g64 is None:
                 if bits(self.params[i]) != kept[i]:
@@ -234,7 +250,7 @@ class Walk:
                 continue
             self.ages[i] += 1
             if self.twin is not None:
-                self._compare_with_twin(i, g64, before[i])
+                self._compare_with_twin(i, g64, others[i])
             else:
                 self._compare_with_exact(i, g64, before[i], known[i])
 
@@ -253,7 +269,7 @@ class Walk:
         self, i: int, g: Array, p: Array, known: dict[str, State] | None
     ) -> None:
         h, t, to = self.hypers[i], self.ages[i], exact.precision(self.params[i].dtype)
-        after = states_of(self.optimizer, self.params[i], self.family)
+        after = states_of(self.optimizer, self.params[i], self.family, h)
         if t > 1 and (known is None or after is None):
             self.found.free = "its states cannot be read"
         if t > 1 and self.found.free:
@@ -337,15 +353,19 @@ class Walk:
         parts: Parts,
         g: Array,
     ) -> None:
-        """Keeps the worst element, if it is worse than what was found before."""
+        """Keeps the worst element of the first step that is wrong: what comes after follows from it."""
+        worst = self.found.worst
         if not len(ratio) or ratio.max() <= self.found.ratio:
+            return
+        if worst is not None and self.found.ratio > 1 and self.ages[i] > worst.step:
             return
         at = int(ratio.argmax())
         before = {name: x[at] for name, x in parts.items() if name in ("param", part) or x.any()}
         before = {name: float(x) for name, x in (before | {"grad": g[at]}).items()}
         values = float(got[at]), float(wanted[at]), float(limit[at])
         self.found.ratio = float(ratio[at])
-        self.found.worst = Place(part, i, at, self.ages[i], *values, before)
+        of = "exact" if self.twin is None else "the other's"
+        self.found.worst = Place(part, i, at, self.ages[i], *values, before, of)
 
     def _compare_with_path(self, i: int, g: Array, h: Hyper) -> None:
         """Where the states cannot be read: the free-running limit after few steps, of the whole tensor."""
@@ -376,7 +396,8 @@ class Walk:
             )
             limit = 3 * self.ages[i] * ulp + FREE * self.paths[i]
             error = np.abs(mine - other)
-            same = (mine == other) | (np.isnan(mine) & np.isnan(other))
+            same = (mine == other) & (np.signbit(mine) == np.signbit(other))
+            same |= np.isnan(mine) & np.isnan(other)
             ratio = np.where(same, 0.0, np.where(np.isnan(error), np.inf, error / limit))
             if self.same_bits:
                 ratio = np.where(same, 0.0, np.inf)
@@ -397,6 +418,16 @@ def _other_meaning(states: Mapping[str, State], wanted: Parts, limits: Parts) ->
         if known.any() and np.median(off[known]) > 0.5:
             return True
     return False
+
+
+def plain_step(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """A step that is not compared. Raises Unsupported if the optimizer refuses."""
+    for p, g in zip(params, grads, strict=True):
+        give_gradient(p, g)
+    try:
+        optimizer.step()
+    except (Exception, SystemExit) as error:
+        raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _copy(p: Tensor) -> Tensor:
