@@ -21,7 +21,7 @@ from adamfused.bench import Case, Interval, Report, bench, compare, page
 from adamfused.bench.case import parse_cases
 from adamfused.bench.contender import FEATURES, parameters, prepare
 from adamfused.bench.picture import pictures, poster
-from adamfused.bench.table import tables
+from adamfused.bench.table import remarks, tables
 from adamfused.bench.turns import ROUNDS, Copy, Turn, cache_bytes, take_turns
 from adamfused.report import optional
 from adamfused.spec import Spec, Unsupported
@@ -51,6 +51,18 @@ class Late(torch.optim.SGD):
         self.steps += 1
         if self.steps == 10:
             raise ArithmeticError("ten is too many")
+
+class Leaving(torch.optim.SGD):
+    '''Ends the process in its tenth step.'''
+    steps = 0
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps == 10:
+            raise SystemExit("left")
+
+class NeverThere(torch.optim.AdamW):
+    def __init__(self, params, lr=1e-3):
+        raise SystemExit(3)
 
 class Broken(torch.optim.SGD):
     def step(self, closure=None):
@@ -108,10 +120,16 @@ def test_cases_are_read() -> None:
     assert Case.parse("10x16").shapes == ((16,),) * 10
 
 
-@pytest.mark.parametrize("text", ["", "x16", "0", "1.5", "nan", "inf", "gpt9", "1e3..5"])
+@pytest.mark.parametrize("text", ["", "x16", "0", "1.5", "nan", "inf", "gpt9", "1e3..5", "1e9x1"])
 def test_what_is_no_case_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         Case.parse(text)
+
+
+@pytest.mark.parametrize("text", ["1e3..1e2", "1e3..5"])
+def test_what_is_no_sweep_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no sweep; expected powers of ten, the smaller first"):
+        list(parse_cases(text))
 
 
 # ---- what is counted -----------------------------------------------------------------------------
@@ -222,7 +240,7 @@ def test_every_optimizer_has_a_row_on_every_case(report: Report) -> None:
 def test_a_rule_that_is_not_known_is_timed_but_not_checked(report: Report) -> None:
     row = next(row for row in report.rows if row.optimizer.endswith(":Mine"))
     assert row.time is not None and not row.checked
-    assert "Unchecked" in tables(report)[0].note
+    assert any("Unchecked" in text for text in remarks(report))
 
 
 def test_what_cannot_be_timed_says_so_and_the_others_go_on(report: Report, mine: str) -> None:
@@ -236,6 +254,26 @@ def test_what_cannot_be_timed_says_so_and_the_others_go_on(report: Report, mine:
         "",
     ]
     assert late.rows[2].ratio is None  # there is nothing that it could be a ratio to
+    alone = f"No ratios on 1e3: they are to the first, {mine}:Late, which has no time there."
+    assert alone in remarks(late) and not any("No ratios" in text for text in remarks(report))
+
+
+def test_what_exits_is_not_supported_and_the_others_go_on(mine: str) -> None:
+    names = [OURS, f"{mine}:Leaving", Spec.of(f"{mine}:NeverThere", family="AdamW")]
+    left = bench(names, ["1e3"], seconds=0.1)
+    assert [row.problem for row in left.rows] == [
+        "",
+        "NOT SUPPORTED: SystemExit: left",
+        "NOT SUPPORTED: SystemExit: 3",
+    ]
+
+
+def test_a_case_that_memory_cannot_hold_is_not_supported_and_the_others_go_on() -> None:
+    large, small = bench([OURS], ["1e15", "1e3"], seconds=0.1).rows
+    assert large.problem.startswith(
+        "NOT SUPPORTED: parameters and gradients take 8,000,000.0 GB, and"
+    )
+    assert small.problem == ""
 
 
 def test_a_wrong_optimizer_is_invalid_and_a_right_one_is_not(mine: str) -> None:
@@ -260,11 +298,25 @@ def test_the_same_optimizer_twice_has_two_names() -> None:
             "features: got 'clap', expected some of clip",
         ),
         ({"optimizers": [OURS], "cases": ["many"]}, "'many' is no size"),
+        ({"optimizers": [OURS], "cases": []}, "cases: got none, expected at least one"),
+        ({"optimizers": [OURS], "cases": [1000]}, "cases: got int 1000, expected a Case or a text"),
+        ({"optimizers": [OURS], "dtype": "float8_e4m3fn"}, "float16; got 'float8_e4m3fn'"),
+        ({"optimizers": [OURS], "device": "gpu"}, "device: got 'gpu', expected cpu, cuda or"),
+        ({"optimizers": [OURS], "device": "meta"}, "device: got 'meta', expected cpu, cuda or"),
+        ({"optimizers": [OURS], "device": "cuda:99"}, "device: got cuda:99, but torch"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench(**arguments)
+
+
+def test_texts_are_taken_for_lists_and_dtypes() -> None:
+    made = bench(f"{OURS},{TORCHS}", "1e2..1e3", dtype="bfloat16", seconds=0.01)
+    assert [(row.optimizer, row.case) for row in made.rows] == [
+        (name, case) for case in ("1e2", "1e3") for name in (OURS, TORCHS)
+    ]
+    assert made.dtype == "bfloat16"
 
 
 def test_json_comes_back_as_it_was_and_holds_no_nan(report: Report) -> None:
@@ -296,8 +348,24 @@ def test_tables_say_what_there_is(report: Report) -> None:
     at = [column.title for column in cold.columns].index("verdict")
     assert [cold.rows[0][at], cold.rows[2][at]] == ["the first", "NOT SUPPORTED"]
     assert cold.rows[1][at] in ("faster", "same", "slower", "unclear")
-    assert f"On 1e4, 100x16, {LARGE}, {NO_CLOSURE} is NOT SUPPORTED: TypeError" in cold.note
     assert {row[1] for row in warm.rows} == {"1e4", "100x16"}
+    problem = f"On 1e4, 100x16, {LARGE}, {NO_CLOSURE} is NOT SUPPORTED: TypeError"
+    assert sum(text.startswith(problem) for text in remarks(report)) == 1
+
+
+@pytest.mark.parametrize("factor, word", [(2.0, "slower"), (0.5, "faster"), (1.0, "same")])
+def test_on_a_busy_machine_no_verdict_says_slower_or_faster(
+    steady: Report, factor: float, word: str
+) -> None:
+    first, second = steady.rows
+    turns = [t._replace(cold=factor * t.cold) for t in second.turns]
+    other = second.timed(turns, first.turns, steady.copy_bytes)
+    quiet = dataclasses.replace(steady, rows=[first, other])
+    busy = dataclasses.replace(quiet, busy=True)
+    shown = [tables(report)[0].rows[1] for report in (quiet, busy)]
+    assert word in shown[0]
+    assert ("same" if word == "same" else "unclear") in shown[1]
+    assert shown[0][3] == shown[1][3]  # the ratio and its interval stay
 
 
 @pytest.mark.skipif(optional("matplotlib") is None, reason="needs matplotlib")
@@ -481,15 +549,74 @@ def test_files_are_written_and_a_slow_down_is_exit_1(
     assert "FAIL: slower by more than 99%" in capsys.readouterr().out
 
 
+def test_a_family_is_for_those_whose_name_does_not_tell(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = f"{mine}:Mine,adamfused:RMSprop"
+    path = tmp_path / "out.json"
+    arguments = ("--optimizers", names, "--sizes", "1e3", "--seconds", 0.01, "--json", path)
+    assert run(*arguments, "--family", "AdamW") == 0
+    wrong, right = Report.from_json(path.read_text()).rows
+    assert wrong.problem.startswith("INVALID") and right.problem == "" and right.checked
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(f"On 1e3, {mine}:Mine is INVALID: ") for line in lines) == 1
+    assert run(*arguments) == 0
+    assert [row.problem for row in Report.from_json(path.read_text()).rows] == ["", ""]
+
+
+def test_nothing_to_measure_is_exit_2_after_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    only = ("--sizes", "1e3", "--seconds", 0.01)
+    assert run("--optimizers", NO_CLOSURE, *only) == 2
+    assert "NOT SUPPORTED" in capsys.readouterr().out
+    assert run("--optimizers", f"{NO_CLOSURE},{OURS}", *only) == 0
+
+
+def test_what_is_not_written_in_the_end_is_exit_2_after_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full = ("--csv", "/dev/full")  # opens, but takes nothing
+    assert run("--sizes", "1e3", "--seconds", 0.01, *full) == 2
+    said = capsys.readouterr()
+    assert OURS in said.out and "error: not all could be written: " in said.err
+
+
+def test_a_file_to_be_written_is_not_touched_before(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.csv"
+    old.write_text("before")
+    assert run("--sizes", "many", "--json", old, "--csv", new) == 2
+    assert old.read_text() == "before" and not new.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--threads", "many"], "--threads: got 'many', expected a whole number above 0"),
+        (["--threads", "0"], "--threads: got '0', expected a whole number above 0"),
+        (["--seconds", "nan"], "--seconds: got 'nan', expected a number of seconds above 0"),
+        (["--max-regression", "100%"], "--max-regression: got '100', expected 0% to 99%"),
+        (["--max-regression", "much"], "--max-regression: got 'much', expected 0% to 99%"),
+    ],
+)
+def test_a_wrong_number_is_refused_in_words(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert f"argument {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--sizes", "many"], "'many' is no size"),
         (["--optimizers", "nowhere:Nothing"], "nowhere cannot be imported"),
-        (["--dtype", "int32"], "--dtype: got 'int32', expected one such as float32"),
+        (["--dtype", "int32"], "dtype must be float32, float64, bfloat16 or float16; got 'int32'"),
         (["--plot", "out.gif"], "--plot out.gif: expected a name that ends in .png"),
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder /nowhere"),
-        (["--compare", __file__], "this is no report of adamfused bench"),
+        (["--json", "."], "--json .: it cannot be written: Is a directory"),
+        (["--csv", "/proc/out.csv"], "--csv /proc/out.csv: it cannot be written: "),
+        (["--compare", __file__], f"--compare {__file__}: this is no report of adamfused bench"),
+        (["--sizes", "1e3..1e2"], "'1e3..1e2' is no sweep"),
     ],
 )
 def test_what_cannot_be_done_is_exit_2(

@@ -6,11 +6,10 @@ import argparse
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-
-import torch
 
 from adamfused import report as shown
 from adamfused.bench.case import MODELS, Case, parse_cases
@@ -20,8 +19,8 @@ from adamfused.bench.interval import Interval
 from adamfused.bench.measure import SECONDS, TICKS, bench
 from adamfused.bench.picture import pictures, poster
 from adamfused.bench.result import Report, Row
-from adamfused.bench.table import tables
-from adamfused.spec import parse_list
+from adamfused.bench.table import remarks, tables, warning
+from adamfused.spec import FAMILIES, Spec, parse_list
 
 __all__ = ["Case", "Comparison", "Interval", "Report", "Row", "bench", "compare"]
 
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown_default = "(default: %(default)s)"
     parser.epilog = (
         "Exit code: 0, or 1 if --compare finds a row slower than allowed or no longer valid, or 2 if nothing can be "
-        "measured. Each step is timed after other data went through the caches; small ones back to back too."
+        "measured or written. Each step is timed after other data went through the caches; small ones back to back too."
     )
     add = parser.add_argument
     add(
@@ -45,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=OPTIMIZERS,
         help=f"module:Class[option=value,...] with commas between; ratios are to the first {shown_default}",
     )
+    add("--family", choices=FAMILIES, help="where the class's name does not tell")
     cases = parser.add_argument_group("cases", f"any of these; by default --sizes {SIZES}")
     cases.add_argument(
         "--sizes", metavar="LIST", help="elements of one tensor: 1e4,1e6 or 1e3..1e8"
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, show, and return the exit code."""
     try:
         _check_outputs(args)
-        old = Report.from_json(args.compare.read_text()) if args.compare else None
+        old = _old(args.compare) if args.compare else None
         report = _measured(args)
         comparison = compare(old, report, args.max_regression) if old else None
     except (ValueError, OSError) as error:
@@ -90,23 +90,31 @@ def run(args: argparse.Namespace) -> int:
     for table in _tables(report, comparison):
         shown.show(table)
         print()
-    _write(args, report, comparison)
+    for text in _remarks(report, comparison):
+        print(text)
+    try:
+        _write(args, report, comparison)
+    except OSError as error:
+        print(f"error: not all could be written: {error}", file=sys.stderr)
+        return UNUSABLE
+    if not any(row.time for row in report.rows):
+        return UNUSABLE
     return SLOWER if comparison and comparison.failed else OK
 
 
 def _measured(args: argparse.Namespace) -> Report:
-    optimizers = parse_list(args.optimizers)
+    optimizers = [
+        Spec.of(spec, family=None if spec.family else args.family)
+        for spec in parse_list(args.optimizers)
+    ]
     given = [text for text in (args.sizes, args.tensors, args.model) if text]
     cases = list(parse_cases(",".join(given or [SIZES])))
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype: got {args.dtype!r}, expected one such as float32 or bfloat16")
     measure = partial(
         bench,
         optimizers,
         cases,
         device=args.device,
-        dtype=dtype,
+        dtype=args.dtype,
         threads=args.threads,
         features=[name for name in args.features.split(",") if name],
         seconds=args.seconds,
@@ -119,12 +127,28 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse what could not be written, before any time is spent on measuring."""
     for flag in ("json", "csv", "plot", "html"):
         path = getattr(args, flag)
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             raise ValueError(f"--{flag} {path}: there is no folder {path.parent}")
+        there = path.exists()
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise ValueError(f"--{flag} {path}: it cannot be written: {error.strerror}") from error
+        if not there:
+            path.unlink()
     if args.plot is not None and args.plot.suffix.lower() not in shown.SUFFIXES:
         raise ValueError(
             f"--plot {args.plot}: expected a name that ends in {', '.join(shown.SUFFIXES)}"
         )
+
+
+def _old(path: Path) -> Report:
+    try:
+        return Report.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--compare {path}: {error}") from error
 
 
 def _write(args: argparse.Namespace, report: Report, comparison: Comparison | None) -> None:
@@ -149,7 +173,7 @@ def page(report: Report, comparison: Comparison | None = None) -> str:
         "Time of an optimizer step",
         lead,
         report.facts,
-        [*_tables(report, comparison), *pictures(report)],
+        [*_tables(report, comparison), *_remarks(report, comparison), *pictures(report)],
         shlex.join(["python", "-m", "adamfused", *sys.argv[1:]]),
     )
 
@@ -158,25 +182,31 @@ def _tables(report: Report, comparison: Comparison | None) -> list[shown.Table]:
     return [*tables(report), *([comparison.table()] if comparison else [])]
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected a whole number above 0")
+def _remarks(report: Report, comparison: Comparison | None) -> list[str]:
+    return [*remarks(report), *map(warning, comparison.warnings if comparison else [])]
+
+
+def _number(text: str, read: Callable[[str], float], low: float, high: float, what: str) -> float:
+    """The number that a text holds, if it lies between two others."""
+    try:
+        value = read(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {what}")
     return value
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, 1, 2**15, "a whole number above 0"))
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
-    return value
+    return _number(text, float, 1e-9, 1e9, "a number of seconds above 0")
 
 
 def _percent(text: str) -> float:
-    value = float(text.removesuffix("%"))
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"got {text}, expected 0% to 99%")
-    return value / 100
+    return _number(text.removesuffix("%"), float, 0, 99, "0% to 99%") / 100
 
 
 class _Callable(ModuleType):

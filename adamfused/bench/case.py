@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 Shapes = list[tuple[int, ...]]
 
+MOST_TENSORS = 10**6
+
 
 def gpt2(layers: int = 12, d: int = 768) -> Shapes:
     """GPT-2 (Radford et al. 2019), tied embeddings; by default the small one."""
@@ -85,14 +87,15 @@ class Case:
         """
         if text in MODELS:
             return cls(text, tuple(MODELS[text]()))
-        count, times, numel = text.rpartition("x")
+        count, times, elements = text.rpartition("x")
         try:
-            return cls(text, (_number(count if times else "1") * ((_number(numel),),)))
+            tensors, numel = _number(count if times else "1", MOST_TENSORS), _number(elements)
         except ValueError:
             raise ValueError(
                 f"{text!r} is no size; expected a number of elements such as 1e7, tensors x elements such as "
-                f"1000x16, or a model: {', '.join(MODELS)}"
+                f"1000x16 (at most {MOST_TENSORS:,} tensors), or a model: {', '.join(MODELS)}"
             ) from None
+        return cls(text, tensors * ((numel,),))
 
     @property
     def numel(self) -> int:
@@ -108,14 +111,16 @@ def parse_cases(text: str) -> Iterator[Case]:
     """
     for part in filter(None, (part.strip() for part in text.split(","))):
         sweep = re.fullmatch(r"1e(\d+)\.\.1e(\d+)", part)
-        if ".." in part and not sweep:
-            raise ValueError(f"{part!r} is no sweep; expected powers of ten such as 1e3..1e8")
+        if ".." in part and not (sweep and int(sweep[1]) <= int(sweep[2])):
+            raise ValueError(
+                f"{part!r} is no sweep; expected powers of ten, the smaller first, such as 1e3..1e8"
+            )
         names = [part] if not sweep else [f"1e{i}" for i in range(int(sweep[1]), int(sweep[2]) + 1)]
         yield from map(Case.parse, names)
 
 
-def _number(text: str) -> int:
+def _number(text: str, most: float = math.inf) -> int:
     value = float(text)
-    if not (value.is_integer() and value >= 1):
+    if not (value.is_integer() and 1 <= value <= most):
         raise ValueError(text)
     return int(value)

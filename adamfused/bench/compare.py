@@ -73,12 +73,9 @@ class Comparison:
             Column("new over old"),
             Column("", left=True),
         ]
-        note = (
-            "new over old: times in units of an in-place copy, or of a pass over the same tensors, in the same run. "
-            + " ".join(f"WARNING: {text}." for text in self.warnings)
-        )
+        note = "new over old: times in units of an in-place copy, or of a pass over the same tensors, in the same run."
         rows = [[c.optimizer, c.case, ratio(c.ratio), c.verdict] for c in self.changes]
-        return Table("Against the old report", columns, rows, note.strip())
+        return Table("Against the old report", columns, rows, note)
 
 
 def compare(old: Report, new: Report, allowance: float) -> Comparison:
@@ -114,7 +111,7 @@ def compare(old: Report, new: Report, allowance: float) -> Comparison:
         for key in {**before, **after}
     ]
     warnings = [f"another machine or software: {'; '.join(differing)}"] if differing else []
-    return Comparison(changes, [*warnings, *new.warnings])
+    return Comparison(changes, warnings)
 
 
 def _change(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +59,17 @@ class Contender:
 
 
 def parameters(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Parameters of a case, normally distributed, with fixed gradients a thousand times smaller."""
+    """Parameters of a case, normally distributed, with fixed gradients a thousand times smaller.
+
+    Raises:
+        Unsupported: if there is no memory for them.
+    """
+    # Linux hands out memory that it does not have, and ends who then writes to it: so this is asked before.
+    need, free = 2 * case.numel * dtype.itemsize, free_bytes(device)
+    if need > free:
+        raise Unsupported(
+            f"parameters and gradients take {1e-9 * need:,.1f} GB, and {1e-9 * free:,.1f} GB are free"
+        )
     generator = torch.Generator(device).manual_seed(0)
     params: list[Tensor] = []
     for shape in case.shapes:
@@ -68,20 +80,36 @@ def parameters(case: Case, dtype: torch.dtype, device: torch.device) -> list[Ten
     return params
 
 
+def free_bytes(device: torch.device) -> float:
+    """The memory that is left on a device; infinite where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")),
+        math.inf,
+    )
+
+
 def prepare(spec: Spec, params: Sequence[Tensor], features: Collection[str]) -> Contender:
     """Makes an optimizer of ``params`` and steps it a few times.
 
     Raises:
-        Unsupported: if it cannot be made or its step raises, and why.
+        Unsupported: if it cannot be made or its step raises or exits, and why.
     """
     inside = {FEATURES[f].argument: FEATURES[f].value for f in features if _within(spec, f)}
-    optimizer = spec.make(params, lr=LR, **inside)
     try:
+        optimizer = spec.make(params, lr=LR, **inside)
         step = _training_step(optimizer, params, [f for f in features if not _within(spec, f)])
         for _ in range(WARM_UP):
             step()
         states = list(_states(optimizer))
-    except Exception as error:
+    except Unsupported:
+        raise
+    except (Exception, SystemExit) as error:
         raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from error
     if not all(p.isfinite().all() for p in params):
         for p in params:  # the others step them too

@@ -13,10 +13,11 @@ from torch.utils.benchmark import set_torch_threads
 
 from adamfused import machine, parity
 from adamfused.bench import contender, turns
-from adamfused.bench.case import Case
+from adamfused.bench.case import Case, parse_cases
 from adamfused.bench.contender import FEATURES, Contender
 from adamfused.bench.result import NOISY, Report, Row
-from adamfused.spec import Spec, Unsupported, first_line
+from adamfused.parity.run import dtype_of
+from adamfused.spec import Spec, Unsupported, first_line, parse_list
 
 TICKS = 20  # of progress, a case
 SECONDS = 3.0  # of measuring, a case
@@ -25,11 +26,11 @@ Tell = Callable[[str, int], None]
 
 
 def bench(
-    optimizers: Iterable[Spec | str | Callable[..., Optimizer]],
-    cases: Iterable[Case | str] = ("1e7",),
+    optimizers: str | Iterable[Spec | str | Callable[..., Optimizer]],
+    cases: str | Iterable[Case | str] = ("1e7",),
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     threads: int | None = None,
     features: Collection[str] = (),
     seconds: float = SECONDS,
@@ -38,20 +39,22 @@ def bench(
     """Measures one training step of each optimizer on each case, in turn.
 
     All optimizers of a case share its parameters and gradients; each has its own states. One that cannot be made, or
-    whose step raises, has a row that says so.
+    whose step raises or exits, has a row that says so; so has a case that memory cannot hold.
 
     Args:
-        optimizers: specs, their texts, or optimizer classes. Ratios are to the first.
-        cases: or their texts: ``1e7``, ``1000x16``, ``gpt2``.
-        device: of the parameters.
-        dtype: of the parameters and gradients.
+        optimizers: specs, their texts, or optimizer classes; or one text with commas between them. Ratios are to the
+            first.
+        cases: or their texts: ``1e7``, ``1000x16``, ``gpt2``; or one text with commas between them.
+        device: of the parameters: cpu, cuda or cuda:N.
+        dtype: of the parameters and gradients: float32, float64, bfloat16 or float16, of torch or as text.
         threads: on the CPU; ``None``: torch's number.
         features: of :data:`FEATURES`, timed with the step.
         seconds: of measuring a case, if that is enough for ``ROUNDS[0]`` rounds.
         tell: called with what is being done, and how many of the ``TICKS`` of each case are done with it.
 
     Raises:
-        ValueError: if an optimizer, a case or a feature is unknown, or there is no such device.
+        ValueError: if an optimizer, a case, a feature or a dtype is unknown, there is none to measure, or no such
+            device.
 
     Example:
         >>> from adamfused.bench import bench
@@ -59,16 +62,16 @@ def bench(
         >>> report.rows[1].ratio.mid  # doctest: +SKIP
         1.04
     """
+    if isinstance(optimizers, str):
+        optimizers = parse_list(optimizers)
     specs = _named_apart([Spec.of(what) for what in optimizers])
-    listed = [case if isinstance(case, Case) else Case.parse(case) for case in cases]
+    listed = [*parse_cases(cases)] if isinstance(cases, str) else [_case(case) for case in cases]
+    if not listed:
+        raise ValueError("cases: got none, expected at least one, such as '1e7'")
     for feature in features:
         if feature not in FEATURES:
             raise ValueError(f"features: got {feature!r}, expected some of {', '.join(FEATURES)}")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device: got {device}, but torch {torch.__version__} finds no CUDA device"
-        )
+    dtype, device = dtype_of(str(dtype)), _device(device)
     with set_torch_threads(threads or torch.get_num_threads()):
         load = round(os.getloadavg()[0], 2)
         copy = turns.Copy(device)
@@ -78,6 +81,7 @@ def bench(
             str(dtype).removeprefix("torch."),
             list(features),
             copy.bytes,
+            busy=load > (os.cpu_count() or 1) / 2,
         )
         verdicts = {}
         for spec in specs:
@@ -91,6 +95,31 @@ def bench(
     return replace(report, warnings=_warnings(report))
 
 
+def _case(case: Case | str) -> Case:
+    if isinstance(case, str):
+        return Case.parse(case)
+    if not isinstance(case, Case):
+        raise ValueError(
+            f"cases: got {type(case).__name__} {case!r}, expected a Case or a text such as '1e7', '1000x16' or 'gpt2'"
+        )
+    return case
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """The device of that name, if steps can be timed on it and it is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {str(name)!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ValueError(
+            f"device: got {device}, but torch {torch.__version__} finds {there or 'no'} CUDA devices"
+        )
+    return device
+
+
 def _measure(
     case: Case,
     specs: Sequence[Spec],
@@ -102,7 +131,13 @@ def _measure(
     tell: Tell,
 ) -> list[Row]:
     """The rows of one case. Its parameters and states are freed at the end."""
-    params = contender.parameters(case, dtype, device)
+    try:
+        params = contender.parameters(case, dtype, device)
+    except (Unsupported, RuntimeError) as error:
+        tell(case.name, TICKS)
+        problem = f"NOT SUPPORTED: {first_line(error)}"
+        size = len(case.shapes), case.numel
+        return [Row(spec.name, case.name, *size, problem) for spec in specs]
     rows: dict[str, Row] = {}
     ready: dict[str, Contender] = {}
     for spec in specs:
@@ -135,7 +170,7 @@ def _measure(
         of = {name: its for name, its in zip(ready, taken, strict=True) if isinstance(its, list)}
         first = of.get(specs[0].name, [])
         for name, its in zip(ready, taken, strict=True):
-            if isinstance(its, Exception):
+            if isinstance(its, BaseException):
                 rows[name] = replace(
                     rows[name], problem=f"NOT SUPPORTED: {type(its).__name__}: {first_line(its)}"
                 )
@@ -156,7 +191,10 @@ def _parity(spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """ "" if it agrees with the oracle of its family, else why not; ``None`` without a family."""
     if spec.family is None:
         return None
-    return parity.agrees(spec, dtype=dtype, device=str(device)) or ""
+    try:
+        return parity.agrees(spec, dtype=dtype, device=str(device)) or ""
+    except SystemExit as error:
+        return f"SystemExit: {first_line(error)}"
 
 
 def _judged(row: Row, verdict: str | None) -> Row:
@@ -179,11 +217,11 @@ def _named_apart(specs: Sequence[Spec]) -> list[Spec]:
 
 
 def _warnings(report: Report) -> list[str]:
-    cores, load = os.cpu_count() or 1, report.facts["load"]
     found = []
-    if load > cores / 2:
+    if report.busy:
         found.append(
-            f"other work kept the machine busy at the start, load {load:.1f} on {cores} cores"
+            f"other work kept the machine busy at the start, load {report.facts['load']:.1f} on {os.cpu_count()} "
+            "cores: threads may have waited for it, so no verdict says slower or faster"
         )
     timed = [row for row in report.rows if row.turns]
     noisy = sum(row.noise > NOISY for row in timed)

@@ -111,6 +111,7 @@ class Report:
         copy_bytes: what the copy moves.
         rows: case by case, the optimizers in the order given.
         warnings: why the figures may mislead.
+        busy: whether other work had more than half of the processors at the start.
     """
 
     facts: dict[str, Any]
@@ -120,6 +121,7 @@ class Report:
     copy_bytes: int
     rows: Sequence[Row] = ()
     warnings: Sequence[str] = field(default_factory=list)
+    busy: bool = False
 
     @property
     def bandwidth(self) -> float:

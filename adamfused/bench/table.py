@@ -107,30 +107,46 @@ def _state(row: Row) -> str:
 def _verdict(row: Row, found: Interval | None, report: Report) -> str:
     if row.problem or row.optimizer == report.rows[0].optimizer:
         return row.problem.partition(":")[0] or "the first"
-    return judge(found) if found else NONE
+    said = judge(found) if found else NONE
+    return "unclear" if report.busy and said in ("slower", "faster") else said
 
 
 def _note(report: Report) -> str:
-    """What the columns mean, and what stands against the figures."""
+    """What the columns mean."""
     rounds = [len(row.turns) for row in report.rows if row.turns]
-    texts = []
-    if rounds:
-        texts = [
-            f"time: after {report.copy_bytes / 2e6:.0f} MB of other data went through the caches; the median of "
-            f"{_span(rounds)} rounds, ± its {CONFIDENCE:.0%} interval. ratio: of times of the same round.",
-            "moved: parameters and states read and written, gradients read, counted from their dtypes. "
-            f"share: of the bandwidth of an in-place copy in the same round, {1e-9 * report.bandwidth:.3g} GB/s.",
-        ]
+    if not rounds:
+        return ""
+    return (
+        f"time: after {report.copy_bytes / 2e6:.0f} MB of other data went through the caches; the median of "
+        f"{_span(rounds)} rounds, ± its {CONFIDENCE:.0%} interval. ratio: of times of the same round. "
+        "moved: parameters and states read and written, gradients read, counted from their dtypes. "
+        f"share: of the bandwidth of an in-place copy in the same round, {1e-9 * report.bandwidth:.3g} GB/s."
+    )
+
+
+def remarks(report: Report) -> list[str]:
+    """What stands against the figures, a sentence each."""
     problems: dict[str, list[str]] = {}
     for row in report.rows:
         if row.problem:
             problem = textwrap.shorten(row.problem, 120, placeholder=" ...")
             problems.setdefault(f"{row.optimizer} is {problem}", []).append(row.case)
-    texts += [f"On {', '.join(cases)}, {problem}." for problem, cases in problems.items()]
+    texts = [f"On {', '.join(cases)}, {problem}." for problem, cases in problems.items()]
+    first = report.rows[0].optimizer if report.rows else ""
+    alone = dict.fromkeys(row.case for row in report.rows if row.time and not row.ratio)
+    if alone:
+        texts.append(
+            f"No ratios on {', '.join(alone)}: they are to the first, {first}, which has no time there."
+        )
     unchecked = dict.fromkeys(row.optimizer for row in report.rows if row.turns and not row.checked)
     if unchecked:
         texts.append(f"Unchecked, as their rule is not known here: {', '.join(unchecked)}.")
-    return " ".join([*texts, *(f"WARNING: {text}." for text in report.warnings)])
+    return [*texts, *map(warning, report.warnings)]
+
+
+def warning(text: str) -> str:
+    """The text as the line that warns of it."""
+    return f"WARNING: {text}."
 
 
 def _span(numbers: list[int]) -> str:

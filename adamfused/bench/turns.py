@@ -123,7 +123,7 @@ def take_turns(
     device: torch.device,
     warm: bool = False,
     tell: Callable[[int, int], None] = lambda done, rounds: None,
-) -> list[list[Turn] | Exception]:
+) -> list[list[Turn] | BaseException]:
     """Times every call once a round, in an order that turns by one each round, until the seconds are used up.
 
     The calls have been warmed up. Python's garbage collector is off meanwhile.
@@ -138,10 +138,10 @@ def take_turns(
         tell: called after each round with the rounds made and to be made.
 
     Returns:
-        For each call its turns, one a round, or what it raised; the others then go on without it.
+        For each call its turns, one a round, or what it raised (``SystemExit`` too); the others then go on without it.
     """
     before = [copy] if yardstick is None else [copy, yardstick]
-    repeats = [max(1, int(BLOCK / seconds_per_call(call, 2))) if warm else 0 for call in calls]
+    repeats = [0 for _ in calls]
 
     def turn(i: int) -> Turn:
         times = laps([*before, calls[i]], device)
@@ -149,18 +149,26 @@ def take_turns(
         return Turn(times[0], times[-2], times[-1], back_to_back)
 
     turns: list[list[Turn]] = [[] for _ in calls]
-    failed: dict[int, Exception] = {}
+    failed: dict[int, BaseException] = {}
     order = deque(range(len(calls)))
 
-    def take_round() -> None:
+    def each(do: Callable[[int], object]) -> None:
         for i in order:
             if i not in failed:
                 try:
-                    turns[i].append(turn(i))
-                except Exception as error:
+                    do(i)
+                except (Exception, SystemExit) as error:
                     failed[i] = error
+
+    def count(i: int) -> None:
+        repeats[i] = max(1, int(BLOCK / seconds_per_call(calls[i], 2)))
+
+    def take_round() -> None:
+        each(lambda i: turns[i].append(turn(i)))
         order.rotate(-1)
 
+    if warm:
+        each(count)
     gc.collect()
     gc.disable()
     try:
