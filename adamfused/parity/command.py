@@ -236,51 +236,63 @@ def _histogram(reports: Sequence[Report]) -> Picture | None:
         if counts:
             totals = [sum(column) for column in zip(*counts, strict=True)]
             sums[one.candidate] = [100 * n / max(1, sum(totals)) for n in totals]
-    figure = show.figure() if sums else None
+    figure = _figure(len(sums))
     if figure is None:
         return None
     axes = figure.subplots()
     width = 0.8 / len(sums)
     for k, (name, shares) in enumerate(sums.items()):
         places = [i + (k - (len(sums) - 1) / 2) * width for i in range(len(shares))]
-        axes.bar(places, shares, width, label=name, color=show.COLOURS[k % len(show.COLOURS)])
+        style = {"color": show.COLOURS[k % 8], "hatch": "////" if k >= 8 else "", "ec": "white"}
+        axes.bar(places, shares, width, label=name, lw=0, **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(labels)), labels, rotation=45)
     axes.set(xlabel="error of a parameter after one step, ulps", ylabel="share of results, %")
     figure.legend(loc="outside upper left")
     caption = "Errors of single steps in units in the last place; up to 0.5 is correctly rounded"
-    alt = "; ".join(f"{name}: {shares[0]:.2f} % correctly rounded" for name, shares in sums.items())
-    return Picture(figure, caption, alt)
+    first = {name: shares[0] for name, shares in sums.items()}
+    return Picture(figure, caption, f"Correctly rounded results: {_extremes(first, '.1f', ' %')}")
 
 
 def _drift(reports: Sequence[Report]) -> Picture | None:
-    curves = {
-        (one.candidate, r.case): r.curve
-        for one in reports
-        for r in one.results
-        if len(r.curve) > 1 and r.case in ("long_drift", "long_drift_one_way")
-    } or {(one.candidate, r.case): r.curve for one in reports for r in one.results if r.curve}
-    figure = show.figure() if curves else None
+    found = {(one.candidate, r.case): r.curve for one in reports for r in one.results if r.curve}
+    curves = {key: curve for key, curve in found.items() if key[1].startswith("long")} or found
+    names = list(dict.fromkeys(name for name, _ in curves))
+    figure = _figure(len(names))
     if figure is None:
         return None
     axes = figure.subplots()
-    names = list(dict.fromkeys(name for name, _ in curves))
     for (name, case), curve in curves.items():
-        k = names.index(name)
-        line = {"color": show.COLOURS[k % len(show.COLOURS)], "marker": show.MARKERS[k % 8]}
-        one_way = case.endswith("one_way")
-        label = f"{name}{', gradients of mean 1' if one_way else ''}"
-        errors = [error for error, _ in curve.values()]
-        axes.plot(list(curve), errors, ls="--" if one_way else "-", label=label, **line)
+        k, one_way = names.index(name), case.endswith("one_way")
+        axes.plot(
+            list(curve),
+            [error for error, _ in curve.values()],
+            color=show.COLOURS[k % 8],
+            marker=show.MARKERS[k % 8],
+            markerfacecolor="white" if k >= 8 else show.COLOURS[k % 8],
+            linestyle="--" if one_way else "-",
+            label=None if one_way else name,
+        )
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="error / way gone, rms")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper left")
-    last = {key: curve[max(curve)][0] for key, curve in curves.items()}
-    alt = "; ".join(f"{name} {case}: {error:.2g}" for (name, case), error in last.items())
-    return Picture(figure, "Drift of the parameters from float64, free running", alt)
+    caption = "Drift of the parameters, free running; gradients of mean 0, and of mean 1 (dashed)"
+    last = {name: curve[max(curve)][0] for (name, _), curve in curves.items()}
+    return Picture(figure, caption, f"Drift at the end: {_extremes(last, '.2g', ' of the way')}")
+
+
+def _figure(names: int) -> Any:
+    """A figure with room for a legend of so many names; ``None`` for none of them, or without matplotlib."""
+    return show.figure(height=3.2 + 0.22 * names) if names else None
+
+
+def _extremes(values: dict[str, float], form: str, unit: str) -> str:
+    ordered = sorted(values, key=values.__getitem__)
+    ends = dict.fromkeys((ordered[0], ordered[-1]))
+    return "; ".join(f"{name} {values[name]:{form}}{unit}" for name in ends)
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -306,7 +318,7 @@ def command(reports: Sequence[Report]) -> str:
     for name, default in options.items():
         if getattr(one, name) != default:
             text += f" --{name} '{getattr(one, name)}'"
-    if any(Spec.of(r.candidate).family is None for r in reports):
+    if any(one.family.lower() not in r.candidate.lower() for r in reports):
         text += f" --family {one.family}"
     return text + " --same-bits" * one.same_bits
 

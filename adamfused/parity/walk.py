@@ -81,7 +81,7 @@ def states_of(optimizer: Optimizer, p: Tensor, family: str, h: Hyper) -> dict[st
             plain = type(t) in (Tensor, torch.nn.Parameter)
             if not plain and hasattr(t, "dequantize"):
                 t = t.dequantize()
-            if t.is_floating_point() or t.is_complex():
+            if t.is_complex() == p.is_complex() and (t.is_complex() or t.is_floating_point()):
                 found[name] = State(numbers(t), t.dtype, plain)
                 break
     used = {"max_exp_avg_sq": h.amsgrad, "momentum_buffer": h.momentum, "grad_avg": h.centered}
