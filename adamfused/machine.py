@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ def gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def others_running(seconds: float = 0.3) -> float:
+    """How many threads of other work want a processor, on average over a moment; 0 where nothing tells.
+
+    Not the load average, which still has what this process did a minute ago.
+    """
+    counts = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+        try:
+            running = Path("/proc/loadavg").read_text().split()[3]
+        except (OSError, IndexError):
+            return 0.0
+        counts.append(int(running.partition("/")[0]) - 1)  # less this one
+    return max(0.0, sum(counts) / len(counts))
 
 
 def facts() -> dict[str, Any]:

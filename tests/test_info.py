@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import adamfused
-from adamfused import backend
+from adamfused import backend, machine
 from adamfused.__main__ import main
 from adamfused.info import DTYPES, OPTIMIZERS, info
 
@@ -86,3 +87,20 @@ def test_it_is_installed_as_a_program_too() -> None:
     program = Path(sys.executable).with_name("adamfused")
     done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"adamfused {adamfused.__version__}\n"
+
+
+def test_other_work_is_noticed_and_ones_own_past_is_not() -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        pass
+    quiet = [machine.others_running() for _ in range(3)]
+    others = [subprocess.Popen(spin) for _ in range(2)]
+    try:
+        time.sleep(0.5)
+        busy = [machine.others_running() for _ in range(3)]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert min(busy) > 1.2 and min(quiet) < min(busy) - 1

@@ -104,14 +104,14 @@ class Report:
     """All that one run measured, and what it holds for.
 
     Args:
-        facts: :func:`adamfused.machine.facts` and the load of the machine at the start.
+        facts: :func:`adamfused.machine.facts` and ``load``, see :func:`adamfused.machine.others_running`.
         device: of the parameters.
         dtype: of the parameters, without "torch.".
         features: what was timed around the steps.
         copy_bytes: what the copy moves.
         rows: case by case, the optimizers in the order given.
         warnings: why the figures may mislead.
-        busy: whether other work had more than half of the processors at the start.
+        busy: whether other work had a quarter of the processors or more at the start.
     """
 
     facts: dict[str, Any]
