@@ -328,3 +328,24 @@ def test_compiled_step() -> None:
 
 def test_self_test_of_the_installation() -> None:
     assert adamfused.backend.native().cuda_self_test() is None
+
+
+def test_info_makes_a_step_of_everything() -> None:
+    found = adamfused.info()
+    assert found.ok and {use.backend for use in found.uses if use.device != "cpu"} == {"native"}
+
+
+def test_bench_counts_launches_and_the_hosts_time() -> None:
+    optimizers = ["adamfused:AdamW", "torch.optim:AdamW[fused=True]"]
+    report = adamfused.bench(optimizers, ["1e6", "100x16"], device=GPU, seconds=0.3)
+    for row in report.rows:
+        assert row.problem == "" and row.time is not None
+        assert row.host is not None and row.host > 0
+        assert row.launches is not None and row.launches >= 1
+    assert report.row("adamfused:AdamW", "100x16").launches <= 4
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+def test_every_case_of_parity(name: str) -> None:
+    report = adamfused.parity(f"adamfused:{name}", cases="hostile,quick,bfloat16", device=GPU)
+    assert report.passed, [(r.case, r.detail) for r in report.failures]

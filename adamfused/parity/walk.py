@@ -101,13 +101,17 @@ class Place:
     exact: float
     limit: float
     before: dict[str, float]
-    of: str = "exact"
+    after: dict[str, float]
+    of: str
 
     def __str__(self) -> str:
-        before = ", ".join(f"{name} {value:.9g}" for name, value in self.before.items())
+        before, after = (
+            ", ".join(f"{name} {value:.9g}" for name, value in values.items())
+            for values in (self.before, self.after)
+        )
         return (
             f"{self.part} [{self.index}] of tensor {self.tensor} at step {self.step}: got {self.got:.9g}, "
-            f"{self.of} {self.exact:.9g}, allowed {self.limit:.3g} off (before: {before})"
+            f"{self.of} {self.exact:.9g}, allowed {self.limit:.3g} off (before: {before}; after: {after})"
         )
 
 
@@ -360,12 +364,15 @@ class Walk:
         if worst is not None and self.found.ratio > 1 and self.ages[i] > worst.step:
             return
         at = int(ratio.argmax())
-        before = {name: x[at] for name, x in parts.items() if name in ("param", part) or x.any()}
+        before = {name: x[at] for name, x in parts.items() if name == "param" or x.any()}
         before = {name: float(x) for name, x in (before | {"grad": g[at]}).items()}
         values = float(got[at]), float(wanted[at]), float(limit[at])
         self.found.ratio = float(ratio[at])
         of = "exact" if self.twin is None else "the other's"
-        self.found.worst = Place(part, i, at, self.ages[i], *values, before, of)
+        states = states_of(self.optimizer, self.params[i], self.family, self.hypers[i]) or {}
+        after = {"param": float(numbers(self.params[i])[at])}
+        after |= {name: float(state.values[at]) for name, state in states.items()}
+        self.found.worst = Place(part, i, at, self.ages[i], *values, before, after, of)
 
     def _compare_with_path(self, i: int, g: Array, h: Hyper) -> None:
         """Where the states cannot be read: the free-running limit after few steps, of the whole tensor."""
