@@ -453,3 +453,35 @@ def test_it_runs_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and "1 PASS, 0 FAIL" in done.stdout, done.stderr
     assert adamfused.parity is parity
+
+
+def processes() -> dict[int, int]:
+    """Every process that has not ended, with its parent."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            found[int(entry.name)] = int(parent)
+    return found
+
+
+def test_nothing_outlives_a_run_that_is_killed() -> None:
+    spec = f"{MUTANTS}[mutation='hang_on_scalar']"
+    command = [sys.executable, "-m", "adamfused", "parity", "--candidate", spec]
+    run = subprocess.Popen([*command, "--cases", "zero_dim"], stderr=subprocess.DEVNULL)
+    started: set[int] = set()
+    end = time.monotonic() + 60
+    while len(started) < 2 and time.monotonic() < end:  # the server, and its child that hangs
+        time.sleep(0.2)
+        servers = {pid for pid, parent in processes().items() if parent == run.pid}
+        started = servers | {pid for pid, parent in processes().items() if parent in servers}
+    assert len(started) == 2
+    run.terminate()
+    run.wait()
+    end = time.monotonic() + 20
+    while started & set(processes()) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not started & set(processes())
