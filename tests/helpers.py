@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adamfused.parity.walk import give_gradient
+
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 
@@ -89,14 +91,6 @@ def wild(rng: np.random.Generator, n: int, dtype: torch.dtype, specials: float =
     odd = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -3e-45, 3e-8, 3.4e38, -1e-310, 1e-20]
     x[chosen] = rng.choice(odd, int(chosen.sum()))
     return torch.from_numpy(x).to(dtype)
-
-
-def give_gradient(p: Tensor, grad: Tensor | None) -> None:
-    """Sets ``p.grad``, of whatever dtype."""
-    p.grad = None
-    if grad is not None and grad.dtype != p.dtype:
-        p.grad_dtype = grad.dtype
-    p.grad = grad
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from adamfused.demo.train import (
     differences,
     steps_per_epoch,
 )
+from adamfused.report import SUFFIXES
 
 HELP = "train a model on real data with torch's optimizer and with adamfused's, and compare"
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
@@ -142,8 +143,8 @@ def unusable(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the arguments, found before any time is spent on training."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch finds no CUDA device here"
-    if args.plot.suffix.lower() not in report.PICTURES:
-        return f"--plot {args.plot}: expected a name that ends in {' or '.join(report.PICTURES)}"
+    if args.plot.suffix.lower() not in SUFFIXES:
+        return f"--plot {args.plot}: expected a name that ends in {' or '.join(SUFFIXES)}"
     if not args.plot.parent.is_dir():
         return f"--plot {args.plot}: there is no folder {args.plot.parent}"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -15,18 +14,10 @@ import torch
 import adamfused
 from adamfused import backend
 from adamfused.demo.train import Run, Settings, Task
+from adamfused.report import optional
 
-PICTURES = (".png", ".svg", ".pdf")
 COLOURS = ("#56B4E9", "#B03A00")  # sky blue and dark vermilion: far apart in lightness too
 WINDOW = 11  # steps that the smoothed loss averages over, half before and half after
-
-
-def optional(module: str) -> Any:
-    """Return the module of that name, or None where it cannot be imported."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
 
 
 def header(task: Task, settings: Settings, recipe: str) -> None:

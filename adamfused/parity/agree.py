@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..spec import Spec, Unsupported, first_line
 from . import exact
 from .lab import Lab
-from .walk import NEAREST, numbers
+from .walk import numbers
 
 SIZES = (1, 17, 1025, 300_007)
 FIRST = 0.03  # how far the first step of an element may be off, of its length: no optimizer has rounded states yet
@@ -71,8 +71,7 @@ def _look(lab: Lab) -> str | None:
         for p, x, parts in zip(params, start, wanted, strict=True):
             way, error = parts["param"] - x, numbers(p) - parts["param"]
             size = np.maximum(np.abs(x), np.abs(parts["param"]))
-            half = lab.dtype in NEAREST
-            ulp = exact.spacing16(size, lab.dtype) if half else exact.precision(lab.dtype).ulp(size)
+            ulp = exact.spacing(size, lab.dtype)
             near = FIRST * np.abs(way) + 2 * t * ulp
             count = int((~(np.abs(error) <= near)).sum())
             if t == 1 and count > len(x) * FEW:

@@ -181,6 +181,13 @@ def spacing16(x: Array, dtype: torch.dtype) -> Array:
     return np.exp2((np.maximum(np.frexp(x)[1], lowest) - digits).astype(np.float64))
 
 
+def spacing(x: Array, dtype: torch.dtype) -> Array:
+    """The distance to the next number at ``x`` of the dtype that a parameter rests in."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return spacing16(x, dtype)
+    return precision(dtype).ulp(x)
+
+
 def nearest16(x: Array, dtype: torch.dtype) -> Array:
     """``x`` rounded once, to nearest even, to float16 or bfloat16; too large numbers become infinite."""
     spacing = spacing16(x, dtype)

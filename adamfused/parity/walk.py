@@ -338,11 +338,8 @@ class Walk:
 
     def _count_ulps(self, error: Array, wanted: Array, dtype: torch.dtype) -> None:
         finite = np.isfinite(wanted) & np.isfinite(error)
-        if dtype in NEAREST:
-            spacing = exact.spacing16(wanted[finite], dtype)
-        else:
-            spacing = exact.precision(dtype).ulp(wanted[finite])
-        places = np.searchsorted(ULP_EDGES, error[finite] / spacing / SLACK)
+        ulps = error[finite] / exact.spacing(wanted[finite], dtype)
+        places = np.searchsorted(ULP_EDGES, ulps / SLACK)
         for place, count in zip(*np.unique(places, return_counts=True), strict=True):
             self.found.ulps[int(place)] += int(count)
 
@@ -381,9 +378,7 @@ class Walk:
             self.exact[i] = wanted = exact.step(self.family, h, self.ages[i], g, before)
             self.paths[i] += np.abs(wanted["param"] - before["param"])
             got, way = numbers(self.params[i]), self.paths[i]
-            ulp = exact.precision(self.params[i].dtype).ulp(wanted["param"])
-            if self.params[i].dtype in NEAREST:
-                ulp = exact.spacing16(wanted["param"], self.params[i].dtype)
+            ulp = exact.spacing(wanted["param"], self.params[i].dtype)
             limit = 1.5 * self.ages[i] * ulp + FREE * way
             ratio = np.abs(got - wanted["param"]) / limit
             missing = np.isnan(wanted["param"]) != np.isnan(got)
@@ -396,11 +391,7 @@ class Walk:
         dtype = self.params[i].dtype
         with np.errstate(all="ignore"):
             self.paths[i] += np.abs(other - p)
-            ulp = (
-                exact.spacing16(other, dtype)
-                if dtype in NEAREST
-                else exact.precision(dtype).ulp(other)
-            )
+            ulp = exact.spacing(other, dtype)
             limit = 3 * self.ages[i] * ulp + FREE * self.paths[i]
             error = np.abs(mine - other)
             same = (mine == other) & (np.signbit(mine) == np.signbit(other))
