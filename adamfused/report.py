@@ -6,6 +6,7 @@ the page needs jinja2, which torch brings.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import importlib
@@ -45,6 +46,29 @@ def optional(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         return None
+
+
+def check_outputs(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Refuse what could not be written, before any time is spent.
+
+    Raises:
+        ValueError: naming the flag, its path, and why not.
+    """
+    for flag in flags:
+        path = getattr(args, flag)
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise ValueError(f"--{flag} {path}: there is no folder {path.parent}")
+        there = path.exists()
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise ValueError(f"--{flag} {path}: it cannot be written: {error.strerror}") from error
+        if not there:
+            path.unlink()
+    if args.plot is not None and args.plot.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--plot {args.plot}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def verdict(cell: str) -> str:

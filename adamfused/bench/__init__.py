@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, show, and return the exit code."""
     try:
-        _check_outputs(args)
+        shown.check_outputs(args, ("json", "csv", "plot", "html"))
         old = _old(args.compare) if args.compare else None
         report = _measured(args)
         comparison = compare(old, report, args.max_regression) if old else None
@@ -121,27 +121,6 @@ def _measured(args: argparse.Namespace) -> Report:
     )
     with shown.Progress(TICKS * len(cases), "bench") as progress:
         return measure(tell=progress.advance)
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Refuse what could not be written, before any time is spent on measuring."""
-    for flag in ("json", "csv", "plot", "html"):
-        path = getattr(args, flag)
-        if path is None:
-            continue
-        if not path.parent.is_dir():
-            raise ValueError(f"--{flag} {path}: there is no folder {path.parent}")
-        there = path.exists()
-        try:
-            path.open("a").close()
-        except OSError as error:
-            raise ValueError(f"--{flag} {path}: it cannot be written: {error.strerror}") from error
-        if not there:
-            path.unlink()
-    if args.plot is not None and args.plot.suffix.lower() not in shown.SUFFIXES:
-        raise ValueError(
-            f"--plot {args.plot}: expected a name that ends in {', '.join(shown.SUFFIXES)}"
-        )
 
 
 def _old(path: Path) -> Report:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         show.show(Table("Cases", columns, rows))
         return OK
     try:
-        _check_outputs(args)
+        show.check_outputs(args, ("json", "html", "markdown", "plot"))
         specs = [_of_a_family(spec, args.family) for spec in parse_list(args.candidate)]
         families = [spec.family or "" for spec in specs]
         cases = [choose(args.cases, family, dtype_of(args.dtype)) for family in families]
@@ -103,18 +102,6 @@ def _of_a_family(spec: Spec, family: str | None) -> Spec:
             f"the rule of {spec} is not known from its name; say --family, one of {known}"
         )
     return spec
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Refuses what could not be written, before time is spent."""
-    for flag in ("json", "html", "markdown", "plot"):
-        path = getattr(args, flag)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"--{flag} {path}: that cannot be written")
-    if args.plot is not None and args.plot.suffix.lower() not in show.SUFFIXES:
-        raise ValueError(
-            f"--plot {args.plot}: expected a name that ends in {', '.join(show.SUFFIXES)}"
-        )
 
 
 def _run_all(args: argparse.Namespace, specs: Sequence[Spec], total: int) -> list[Report]:
