@@ -5,10 +5,11 @@ import importlib
 from typing import Any
 
 from .adam import Adam, AdamW
+from .clip import grad_norm
 from .rmsprop import RMSprop
 
 __version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "RMSprop"]
+__all__ = ["Adam", "AdamW", "RMSprop", "grad_norm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -134,6 +134,22 @@ def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
     ) or _memory_problem(grad, "its gradient")
 
 
+def copy_problem(param: Tensor, copy: Any) -> str | None:
+    """Why ``copy`` cannot receive the new weights of ``param``, or ``None``."""
+    if not isinstance(copy, Tensor):
+        return f"it is a {type(copy).__name__}; expected a tensor of shape {tuple(param.shape)}"
+    problem = _part_problem(param, copy, "it", "make it with torch.empty_like(param, dtype=...)")
+    if problem := problem or _memory_problem(copy, "it"):
+        return problem
+    if may_overlap(copy):
+        return f"elements may share memory (strides {copy.stride()}); expected its own; clone() it"
+    if _same_memory(param, copy):
+        return "it lies in the same memory as the parameter; expected its own; clone() it"
+    if copy.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode and cannot be written outside of it; clone() it"
+    return None
+
+
 def step_problem(
     param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Sequence[str]
 ) -> str | None:

@@ -1,218 +1,40 @@
-"""What all optimizers here share: gather, make state, one call, checkpoints. An optimizer itself is a rule's name,
-its hyper-parameters and the names of its states (see :mod:`adamfused.adam`)."""
+"""The step: gather, make state, one call. An optimizer itself is a rule's name, its hyper-parameters and the names of
+its states (see :mod:`adamfused.adam`)."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import backend, checks, reference
-from .formats import FORMATS
+from .average import Averaging
+from .base import EMA, Plan, as_number, state_dtype_for
+from .clip import Clipping
+from .norm import coefficient, local, local_gradient
+from .rules import Now
 
 
-class Plan(NamedTuple):
-    """How a parameter group moves: the rule's name, the names of its states in the rule's order, and the rule's
-    numbers in the order of its ``Hyper`` struct."""
-
-    rule: str
-    keys: tuple[str, ...]
-    hyper: list[float]
-
-
-StateDtype = torch.dtype | str | None
-
-
-def check_state_dtype(value: StateDtype) -> None:
-    if not (value is None or value == "param" or value in FORMATS):
-        raise ValueError(
-            f"Invalid state_dtype value: {value!r}; expected None (at least float32), 'param' or one of "
-            + ", ".join(map(str, FORMATS))
-        )
-
-
-def state_dtype_for(param: Tensor, wish: StateDtype) -> torch.dtype:
-    """The dtype of a parameter's states."""
-    if wish is None:
-        return torch.promote_types(param.dtype, torch.float32)
-    if wish == "param":
-        return param.dtype
-    assert isinstance(wish, torch.dtype)
-    return wish.to_complex() if param.is_complex() else wish
-
-
-def as_number(x: float | Tensor) -> float:
-    return float(x.item()) if isinstance(x, Tensor) else float(x)
-
-
-def check_lr(lr: float | Tensor) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}")
-
-
-def _local(t: Any) -> Any:
-    """What a DTensor holds on this rank; anything else as it is."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return t._local_tensor if tensors is not None and isinstance(t, tensors.DTensor) else t
-
-
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Averaging, Clipping):
     """A ``torch.optim.Optimizer`` whose step is one call for all parameters.
 
-    A subclass gives `_plan` and the class attributes below, and passes torch's own defaults to ``__init__``.
+    A subclass gives `_plan` and the class attributes of :class:`adamfused.base.BaseOptimizer`, and passes torch's own
+    defaults to ``__init__``.
     """
-
-    _group_defaults: ClassVar[dict[str, Any]] = {}
-    """For group keys that older checkpoints lack: the value that they stood for."""
-    _known_states: ClassVar[tuple[str, ...]] = ()
-    """Every state name that the optimizer may have, in any setting."""
-
-    def __init__(
-        self, params: Any, defaults: dict[str, Any], *, backend_choice: str | None, **extras: Any
-    ) -> None:
-        """``extras`` are group keys that torch's optimizer does not have, by name: (value, its default). One that
-        has its default stays out of the groups, so that checkpoints are those of torch."""
-        self._check_group(defaults)
-        if defaults["differentiable"]:
-            raise ValueError(
-                f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
-                f"use torch.optim.{type(self).__name__} for that"
-            )
-        check_state_dtype(extras["state_dtype"][0])
-        backend.choose(backend_choice)
-        backend.native()
-        super().__init__(
-            params, defaults | {k: v for k, (v, default) in extras.items() if v != default}
-        )
-        # After super().__init__, which copies all of self.defaults into the groups: a checkpoint must not carry the
-        # backend, but a pickled or deep-copied optimizer keeps `defaults` and nothing else.
-        self.defaults["backend"] = backend_choice
-
-    @staticmethod
-    def _check_group(group: Mapping[str, Any]) -> None:
-        """Raises ValueError, in torch.optim's words, if a number in a group is out of range."""
-        raise NotImplementedError
-
-    def _plan(self, group: dict[str, Any]) -> Plan:
-        raise NotImplementedError
-
-    # ---- groups and checkpoints --------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in ``torch.optim``.
-
-        Raises:
-            ValueError: also if a parameter stands twice in the group: it would be moved twice at once.
-        """
-        if isinstance(param_group, dict) and not isinstance(
-            param_group.get("params"), (Tensor, set, type(None))
-        ):
-            param_group["params"] = params = list(param_group["params"])
-            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-            first: dict[int, int] = {}
-            for i, t in enumerate(tensors):
-                if first.setdefault(id(t), i) != i:
-                    raise ValueError(
-                        f"{type(self).__name__}: parameter {i} of group {len(self.param_groups)} is parameter "
-                        f"{first[id(t)]} once more; expected each parameter once; remove one of them"
-                    )
-            check_state_dtype(param_group.get("state_dtype"))
-            self._check_group(self.defaults | param_group)
-        super().add_param_group(param_group)
-        self.param_groups[-1].pop("backend", None)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        extras = {k: v for k, v in self.defaults.items() if k in ("state_dtype", "bias_correction")}
-        for group in self.param_groups:
-            for key, value in (self._group_defaults | extras).items():
-                group.setdefault(key, value)
-            for p in group["params"]:
-                entry = self.state.get(p)
-                if not entry:
-                    continue
-                saved = getattr(self, "_loading", {}).get(p, {})
-                for key, value in saved.items():  # torch has cast these to the parameter's dtype
-                    if isinstance(value, Tensor) and key != "step":
-                        entry[key] = value.to(device=p.device)
-                count = saved.get("step", entry["step"])
-                if not isinstance(count, Tensor):
-                    count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
-                if "_loading" in self.__dict__:
-                    device = p.device if group["capturable"] else torch.device("cpu")
-                    dtype = torch.float32 if group["capturable"] else count.dtype
-                    count = count.to(device=device, dtype=dtype, copy=True)  # may be shared by all
-                entry["step"] = count
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of its ``torch.optim`` namesake. The states keep their dtypes.
-
-        Raises:
-            ValueError: if a state does not fit its parameter; the optimizer is then as it was.
-        """
-        # The last hook: those of the user have run.
-        handle = self.register_load_state_dict_pre_hook(lambda _, saved: self._check_loaded(saved))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self.__dict__.pop("_loading", None)
-
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        """Refuses what does not fit, and keeps the entries as they came for `__setstate__`."""
-        saved_groups = state_dict["param_groups"]
-        lengths = [len(g["params"]) for g in saved_groups]
-        if lengths != [len(g["params"]) for g in self.param_groups]:
-            return  # torch's own message follows
-        self._loading: dict[Tensor, dict[str, Any]] = {}
-        saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
-        optional = {"backend", "bias_correction", "state_dtype", *self._group_defaults}
-        for j, saved in enumerate(saved_groups):
-            lacking = [key for key in self.defaults if key not in saved and key not in optional]
-            if lacking:
-                raise ValueError(
-                    f"{type(self).__name__}: group {j} of the checkpoint lacks {', '.join(map(repr, lacking))}; "
-                    "expected all options of this optimizer; it was saved by another one, or is not whole"
-                )
-        groups = [self._group_defaults | self.defaults | dict(group) for group in saved_groups]
-        for group in groups:
-            self._check_group(group)
-            check_state_dtype(group.get("state_dtype"))
-        plans = [self._plan(group) for group in groups]
-        for (j, i, p), saved_id in zip(self._each(), saved_ids, strict=True):
-            entry = state_dict["state"].get(saved_id)
-            if entry:
-                if problem := checks.load_problem(p, entry, plans[j].keys, self._known_states):
-                    raise ValueError(f"{self._place(j, i)}: {problem}")
-                self._loading[p] = dict(entry)
-
-    def _each(self) -> Any:
-        for j, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                yield j, i, p
-
-    def _place(self, j: int, i: int) -> str:
-        names = self.param_groups[j].get("param_names")
-        name = f" ('{names[i]}')" if names and i < len(names) else ""
-        return f"{type(self).__name__}: parameter {i} of group {j}{name}"
-
-    # ---- the step ----------------------------------------------------------------------------------------------
 
     # Not under torch.no_grad() as a whole: the kernels do not need it, and an interrupt (Ctrl-C) that arrives while
     # its Python code sets the mode back would leave gradients off for the rest of the process.
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None
+    ) -> Any:
         """Moves every parameter that has a gradient.
 
         Args:
             closure: called first, with gradients enabled, to compute the loss and the gradients.
+            grad_norm: the norm to clip by, one number, in place of that of this optimizer's gradients; from
+                :func:`adamfused.grad_norm`, for several optimizers that clip by one norm. Needs ``max_grad_norm``.
 
         Returns:
             What ``closure`` returned, or ``None``.
@@ -221,63 +43,103 @@ class FusedOptimizer(Optimizer):
             RuntimeError: if a parameter, gradient or state cannot be used, naming it and what to do. No parameter
                 of any group has then moved.
         """
+        if grad_norm is not None and (closure is not None or self.max_grad_norm is None):
+            raise ValueError(
+                "grad_norm was given to step() "
+                + (
+                    "with a closure, which makes other gradients; expected one of them"
+                    if closure is not None
+                    else "of an optimizer that does not clip; expected one that has max_grad_norm"
+                )
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if (
-            torch.compiler.is_compiling()
-            and backend.choose(self.defaults["backend"]) != "reference"
-        ):
-            self._traced_step()
+        if torch.compiler.is_compiling() and self._is_traceable():
+            self._traced_step(grad_norm)
         else:
-            self._eager_step()
+            self._eager_step(self.param_groups, grad_norm)
         return loss
 
     @torch._disable_dynamo
-    def _eager_step(self) -> None:
+    def _eager_step(
+        self, groups: Sequence[dict[str, Any]], grad_norm: Tensor | None = None
+    ) -> None:
+        """The step of these groups, which may also be parts of this optimizer's own."""
         self._check_capture()
-        choice = backend.choose(self.defaults["backend"])
-        native = backend.native() if choice != "reference" else None
-        plans = [self._plan(group) for group in self.param_groups]
+        if self._swapped:
+            raise RuntimeError(
+                f"{type(self).__name__}: step() inside of swap_ema(), which has put averaged weights in the place of "
+                "the trained ones; expected evaluation only; step after it"
+            )
+        choice, native = backend.choose(self._options.backend), self._native()
+        factor = self._gradient_factor(groups, native, grad_norm)
+        found_inf = self._found_inf(groups)
+        if found_inf is True:
+            return
+        self._begin_averages(groups)
+        plans = [self._full_plan(group) for group in groups]
 
         def init(j: int, i: int) -> None:
-            p = self.param_groups[j]["params"][i]
-            self._check(j, i, plans[j].keys, only_tensors=True)
-            self.state[p] = self._new_state(p, self.param_groups[j], plans[j].keys)
+            p = groups[j]["params"][i]
+            self._check(p, plans[j].keys, only_tensors=True)
+            self.state[p] = self._new_state(p, groups[j], plans[j].keys)
 
         def judge(j: int, i: int) -> list[Tensor] | None:
-            return self._judge(j, i, plans[j].keys, choice)
+            return self._judge(groups[j]["params"][i], plans[j].keys, choice)
 
         if native is not None:
-            groups = zip(self.param_groups, plans, strict=True)
-            rows = [self._row(native, group, plan) for group, plan in groups]
-            left = native.step(self.state, rows, init, judge)
+            rows = [
+                self._row(native, group, plan) for group, plan in zip(groups, plans, strict=True)
+            ]
+            left = native.step(self.state, rows, init, judge, factor, found_inf)
         else:
-            left = self._ready_for_reference(plans, init)
-        if left:
-            self._reference_step(plans, left)
+            left = self._ready_for_reference(groups, plans, init)
+        if left and not (isinstance(found_inf, Tensor) and bool(found_inf)):
+            self._reference_step(groups, plans, left, factor)
 
     @torch.no_grad()
-    def _reference_step(self, plans: Sequence[Plan], places: Sequence[tuple[int, int]]) -> None:
+    def _reference_step(
+        self,
+        groups: Sequence[dict[str, Any]],
+        plans: Sequence[Plan],
+        places: Sequence[tuple[int, int]],
+        factor: Tensor | None,
+    ) -> None:
+        scale = 1.0 if factor is None else float(factor)
         for j, i in places:
-            p, g, *states, count = self._tensors(j, i, plans[j].keys)
-            lr = as_number(self.param_groups[j]["lr"])
-            reference.step(plans[j].rule, plans[j].hyper, lr, p, g, states, count)
+            param = groups[j]["params"][i]
+            p, g, *states, count = self._tensors(param, plans[j].keys)
+            copy = states.pop() if self._copies else None
+            after = count + 1
+            t = float(after)
+            now = Now(as_number(groups[j]["lr"]), t, scale, self._ema_decay_at(t))
+            reference.step(plans[j].rule, plans[j].hyper, now, p, g, states, copy)
+            count.copy_(after)
 
     def _ready_for_reference(
-        self, plans: Sequence[Plan], init: Callable[[int, int], None]
+        self,
+        groups: Sequence[dict[str, Any]],
+        plans: Sequence[Plan],
+        init: Callable[[int, int], None],
     ) -> list[tuple[int, int]]:
         """Makes states and checks everything, as the native step does. Returns the places of what is to move."""
-        places = [(j, i) for j, i, p in self._each() if p.grad is not None]
+        places = [
+            (j, i)
+            for j, group in enumerate(groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
         before: dict[Tensor, Any] = {}
         try:
             for j, i in places:
-                p = self.param_groups[j]["params"][i]
+                p = groups[j]["params"][i]
                 if not self.state.get(p):
                     before[p] = dict.get(self.state, p)
                     init(j, i)
-                self._check(j, i, plans[j].keys)
+                self._check(p, plans[j].keys)
+                self._ema_decay_at(float(self.state[p]["step"]) + 1)
         except BaseException:
             for p, entry in before.items():
                 self.state.pop(p, None)
@@ -286,24 +148,51 @@ class FusedOptimizer(Optimizer):
             raise
         return places
 
+    def _is_traceable(self) -> bool:
+        """Whether torch.compile can trace the step; else it breaks the graph there."""
+        return (
+            backend.choose(self._options.backend) != "reference"
+            and not callable(self._options.ema_decay)
+            and not self._options.error_if_nonfinite
+            and getattr(self, "found_inf", None) is None
+        )
+
     @torch.no_grad()
-    def _traced_step(self) -> None:
+    def _traced_step(self, grad_norm: Tensor | None) -> None:
+        gathered: list[Any] = []
         for group in self.param_groups:
-            plan = self._plan(group)
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            states: list[Tensor] = []
-            counts: list[Tensor] = []
-            self._init_group(group, params, grads, states, counts)
-            if not params:
-                continue
+            lists: tuple[list[Tensor], ...] = ([], [], [], [])
+            self._init_group(group, *lists)
+            if lists[0]:
+                gathered.append((group, self._full_plan(group), *lists))
+        factor = None
+        max_norm = self._options.max_grad_norm
+        if max_norm is not None and gathered:
+            total = grad_norm
+            if total is None:
+                largest = self._options.norm_type == float("inf")
+                all_params = [p for _, _, params, *_ in gathered for p in params]
+                all_grads = [g for _, _, _, grads, *_ in gathered for g in grads]
+                total = torch.ops.adamfused.gradient_sum(all_params, all_grads, largest)
+                total = total if largest else total.sqrt()
+            self.grad_norm = total.to(self._norm_dtype())
+            factor = coefficient(total.double(), max_norm)
+        for group, plan, params, grads, states, counts in gathered:
             lr = group["lr"]
-            if isinstance(lr, Tensor):
-                torch.ops.adamfused.step_(
-                    params, grads, states, counts, plan.rule, plan.hyper, 0.0, lr
-                )
-            else:
-                torch.ops.adamfused.step_(params, grads, states, counts, plan.rule, plan.hyper, lr)
+            on_device = isinstance(lr, Tensor)
+            torch.ops.adamfused.step_(
+                params,
+                grads,
+                states,
+                counts,
+                [self._copies[p] for p in params] if self._copies else [],
+                plan.rule,
+                plan.hyper,
+                0.0 if on_device else lr,
+                lr if on_device else None,
+                self._options.ema_decay,
+                factor,
+            )
 
     def _init_group(
         self,
@@ -314,7 +203,7 @@ class FusedOptimizer(Optimizer):
         counts: list[Tensor],
     ) -> None:
         """Fills the lists from a group. torch.compile runs this very method while it traces, by this name."""
-        plan = self._plan(group)
+        plan = self._full_plan(group)
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -333,12 +222,21 @@ class FusedOptimizer(Optimizer):
         device = p.device if group["capturable"] else torch.device("cpu")
         state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
         for key in keys:
-            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state[key] = (
+                self._new_average(p)
+                if key == EMA
+                else torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            )
         return state
 
-    @staticmethod
-    def _row(native: Any, group: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
-        lr = group["lr"]
+    def _full_plan(self, group: dict[str, Any]) -> Plan:
+        plan = self._plan(group)
+        if self._options.ema_decay is None:
+            return plan
+        return plan._replace(keys=(*plan.keys, EMA))
+
+    def _row(self, native: Any, group: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+        lr, decay = group["lr"], self._options.ema_decay
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu" and group["capturable"]
         return (
             backend.rule_number(native, plan.rule),
@@ -347,6 +245,8 @@ class FusedOptimizer(Optimizer):
             lr if on_device else None,
             plan.keys,
             list(group["params"]),
+            self._ema_decay_at if callable(decay) else decay,
+            [self._copies[p] for p in group["params"]] if self._copies else [],
         )
 
     def _check_capture(self) -> None:
@@ -355,41 +255,42 @@ class FusedOptimizer(Optimizer):
             check = self._cuda_graph_capture_health_check
         check()
 
-    def _tensors(self, j: int, i: int, keys: Sequence[str]) -> list[Tensor]:
-        """(parameter, gradient, \\*states, step) as plain tensors: of DTensors, what this rank holds."""
-        p = self.param_groups[j]["params"][i]
-        state, grad = self.state[p], p.grad
-        if _local(p) is not p and _local(grad) is not grad and grad.placements != p.placements:
-            grad = grad.redistribute(placements=p.placements)
-        return [_local(t) for t in (p, grad, *(state[key] for key in keys), state["step"])]
+    def _tensors(self, p: Any, keys: Sequence[str]) -> list[Tensor]:
+        """(parameter, gradient, \\*states, copy if there are copies, step) as plain tensors: of DTensors, what this
+        rank holds."""
+        state = self.state[p]
+        copies = [self._copies[p]] if self._copies else []
+        others = (*(state[key] for key in keys), *copies, state["step"])
+        return [local(p), local_gradient(p), *(local(t) for t in others)]
 
-    def _check(self, j: int, i: int, keys: Sequence[str], only_tensors: bool = False) -> None:
+    def _check(self, p: Any, keys: Sequence[str], only_tensors: bool = False) -> None:
         """Raises if a parameter cannot be stepped; with ``only_tensors``, looks at no state yet."""
-        p = self.param_groups[j]["params"][i]
         if not isinstance(p, Tensor):
-            raise RuntimeError(f"{self._place(j, i)}: expected a tensor; got {type(p).__name__}")
+            raise RuntimeError(f"{self._place(p)}: expected a tensor; got {type(p).__name__}")
         state = {} if only_tensors else self.state[p]
-        state = {key: _local(value) for key, value in state.items()}
+        state = {key: local(value) for key, value in state.items()}
         if only_tensors:
-            problem = checks.tensors_problem(_local(p), _local(p.grad))
+            problem = checks.tensors_problem(local(p), local(p.grad))
         else:
-            problem = checks.step_problem(_local(p), _local(p.grad), state, keys)
+            problem = checks.step_problem(local(p), local(p.grad), state, keys)
+        if problem is None and self._copies:
+            problem = checks.copy_problem(local(p), local(self._copies[p]))
+            problem = problem and f"its copy_to: {problem}"
         if problem:
-            raise RuntimeError(f"{self._place(j, i)}: {problem}")
+            raise RuntimeError(f"{self._place(p)}: {problem}")
 
     @torch.no_grad()
-    def _judge(self, j: int, i: int, keys: Sequence[str], choice: str) -> list[Tensor] | None:
+    def _judge(self, p: Any, keys: Sequence[str], choice: str) -> list[Tensor] | None:
         """What to do with a parameter that the kernels did not take: an error, other tensors, or the reference."""
-        self._check(j, i, keys)
-        p = self.param_groups[j]["params"][i]
-        tensors = self._tensors(j, i, keys)
+        self._check(p, keys)
+        tensors = self._tensors(p, keys)
         reason = backend.why_not_native(tensors[0].device)
         if reason is None and tensors[0] is not p:
             return tensors
         if choice == "native":
             raise RuntimeError(
-                f"{self._place(j, i)}: backend 'native' was asked for, but "
+                f"{self._place(p)}: backend 'native' was asked for, but "
                 f"{reason or 'its kernels take plain tensors only'}; use backend='auto'"
             )
-        backend.warn_once(reason or f"the kernels do not take {self._place(j, i)}")
+        backend.warn_once(reason or f"the kernels do not take {self._place(p)}")
         return None

@@ -12,33 +12,37 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .rules import RULES, round_to
+from .rules import RULES, Averaged, Now, round_to
 
 
 def step(
     rule: str,
     hyper: Sequence[float],
-    lr: float,
+    now: Now,
     param: Tensor,
     grad: Tensor,
     states: Sequence[Tensor],
-    count: Tensor,
+    copy: Tensor | None = None,
 ) -> None:
-    """Moves one parameter and its states in place and advances ``count`` by one.
+    """Moves one parameter and its states in place.
 
     Args:
         rule: a name in :data:`adamfused.rules.RULES`.
         hyper: the rule's numbers, in the order of its ``Hyper`` struct in ``csrc/rules.h``.
-        lr: the learning rate.
+        now: the learning rate, the count of the step that is made, and what else the step knows.
         param: the parameter, of any shape and any dtype in :data:`adamfused.formats.FORMATS`, or complex.
         grad: its gradient, of the same shape; any of those dtypes; not written.
-        states: as many tensors of the parameter's shape as the rule has states.
-        count: the steps made so far, one number.
+        states: as many tensors of the parameter's shape as the rule has states, and one more for an average of the
+            weights.
+        copy: receives the new parameter, rounded to its own dtype.
     """
-    after = count + 1
     arithmetic = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
-    move = RULES[rule](hyper, lr, float(after), round_to(arithmetic))
+    r = round_to(arithmetic)
+    plain = RULES[rule](hyper, now, r)
+    move = plain if len(states) == plain.states else Averaged(rule, hyper, now, r)
     numbers = [formats.get(x, arithmetic) for x in (param, grad, *states)]
-    for x, rest in zip(move(*numbers), (param, *states), strict=True):
+    moved = move(*numbers)
+    for x, rest in zip(moved, (param, *states), strict=True):
         formats.put(x, rest)
-    count.copy_(after)
+    if copy is not None:
+        formats.put(moved[0], copy)

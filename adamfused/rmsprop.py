@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .optimizer import FusedOptimizer, Plan, StateDtype, as_number, check_lr
+from .base import EmaDecay, Options, Plan, StateDtype, as_number, check_lr
+from .optimizer import FusedOptimizer
 
 
 class RMSprop(FusedOptimizer):
@@ -41,6 +42,21 @@ class RMSprop(FusedOptimizer):
         differentiable: must be ``False``.
         state_dtype: the dtype of the states: ``None`` for at least float32 (torch.optim takes the parameter's dtype),
             ``"param"`` for torch's choice, or a floating dtype.
+        max_grad_norm: clip by the global norm: gradients are multiplied, inside of the update, by what
+            :func:`torch.nn.utils.clip_grad_norm_` would multiply them by. They are not rewritten. The norm is left in
+            :attr:`grad_norm`.
+        norm_type: 2.0, or ``float("inf")`` for the largest magnitude.
+        error_if_nonfinite: raise, before anything moves, if the norm is infinite or NaN.
+        ema_decay: keep an average of the weights, ``e = d * e + (1 - d) * p`` with ``d = ema_decay``, updated in the
+            same pass from the new weights before they are rounded to the parameter's dtype; its first value is the
+            first new weights. A number in [0, 1], or a function of the parameter's step count. It lies in
+            ``state[p]["ema"]``; see :meth:`swap_ema` and :meth:`ema_state_dict`.
+        ema_dtype: the dtype of the average: ``None`` for at least float32, ``"param"``, or a floating dtype.
+        copy_to: as many tensors as parameters, in their order, of the same shapes and devices and any floating dtype
+            (also in pinned memory): each receives the new weights, rounded once to its dtype, in the same pass.
+        fused_unscale: leave unscaling by ``torch.amp.GradScaler`` to the step, which does not rewrite gradients and,
+            if ``capturable``, does not wait for the device; ``False`` lets the scaler do it, as frameworks need that
+            clip between the two.
         backend: ``"auto"``, ``"native"`` or ``"reference"``; ``None`` for what ``ADAMFUSED_BACKEND`` says.
 
     Raises:
@@ -81,6 +97,13 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         *,
         state_dtype: StateDtype = None,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
+        ema_dtype: StateDtype = None,
+        copy_to: Iterable[Tensor] | None = None,
+        fused_unscale: bool = True,
         backend: str | None = None,
     ) -> None:
         defaults = {
@@ -95,7 +118,21 @@ class RMSprop(FusedOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, backend_choice=backend, state_dtype=(state_dtype, None))
+        super().__init__(
+            params,
+            defaults,
+            options=Options(
+                backend=backend,
+                max_grad_norm=max_grad_norm,
+                norm_type=norm_type,
+                error_if_nonfinite=error_if_nonfinite,
+                ema_decay=ema_decay,
+                ema_dtype=ema_dtype,
+                fused_unscale=fused_unscale,
+            ),
+            copy_to=copy_to,
+            state_dtype=(state_dtype, None),
+        )
 
     @staticmethod
     def _check_group(group: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,19 @@ def divide(a: float, b: float) -> float:
         return float(np.float64(a) / np.float64(b))
 
 
+class Now(NamedTuple):
+    """What a step knows besides a rule's own numbers.
+
+    ``t`` counts the parameter's own steps, this one too; ``factor`` is what unscaling and clipping multiply the
+    gradient by; ``ema_decay`` is that of the average of the weights.
+    """
+
+    lr: float
+    t: float
+    factor: float = 1.0
+    ema_decay: float = 0.0
+
+
 class Weight(NamedTuple):
     """The weight of the new value in a running average with decay rate ``beta``.
 
@@ -88,12 +101,17 @@ def decayed_sum(a: Tensor, b: Tensor, w: Weight) -> Tensor:
     return ((0.0 if w.far else a) - w.c * a) + b
 
 
-def directed(p: Tensor, g: Tensor, sign: float, l2: float) -> Tensor:
-    """The gradient as the rule sees it: turned round to climb, with coupled (L2) decay.
+def gradient_factor(now: Now, maximize: float, r: Round) -> float:
+    """What the gradient is multiplied by: unscaled, clipped and, to climb, turned round in one."""
+    return r(-now.factor if maximize else now.factor)
+
+
+def directed(p: Tensor, g: Tensor, factor: float, l2: float) -> Tensor:
+    """The gradient as the rule sees it, with coupled (L2) decay.
 
     A decay of 0 is skipped, not multiplied: 0 * inf is NaN.
     """
-    g = sign * g
+    g = factor * g
     return g + l2 * p if l2 != 0 else g
 
 
@@ -107,16 +125,16 @@ class RMSprop:
 
     states: ClassVar[int] = 1
 
-    def __init__(self, hyper: Sequence[float], lr: float, t: float, r: Round) -> None:
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
         alpha, eps, weight_decay, momentum, maximize = hyper
         self.w, self.mu = weight(alpha, r), weight(momentum, r)
-        self.sign = -1.0 if maximize else 1.0
+        self.factor = gradient_factor(now, maximize, r)
         self.l2 = r(weight_decay)
-        self.lr = r(lr)
+        self.lr = r(now.lr)
         self.eps = r(eps)
 
     def __call__(self, p: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.sign, self.l2)
+        g = directed(p, g, self.factor, self.l2)
         v = average(v, g * g, self.w)
         p = p - self.lr * (g / (root(v) + self.eps))
         return p, v
@@ -126,7 +144,7 @@ class RMSpropMomentum(RMSprop):
     states = 2
 
     def __call__(self, p: Tensor, g: Tensor, v: Tensor, buf: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        g = directed(p, g, self.sign, self.l2)
+        g = directed(p, g, self.factor, self.l2)
         v = average(v, g * g, self.w)
         buf = decayed_sum(buf, g / (root(v) + self.eps), self.mu)
         p = p - self.lr * buf
@@ -145,7 +163,7 @@ class RMSpropCentered(RMSprop):
     states = 2
 
     def __call__(self, p: Tensor, g: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        g = directed(p, g, self.sign, self.l2)
+        g = directed(p, g, self.factor, self.l2)
         v = average(v, g * g, self.w)
         mean = average(mean, g, self.w)
         p = p - self.lr * (g / (root(spread(v, mean)) + self.eps))
@@ -158,7 +176,7 @@ class RMSpropCenteredMomentum(RMSprop):
     def __call__(  # type: ignore[override]
         self, p: Tensor, g: Tensor, v: Tensor, buf: Tensor, mean: Tensor
     ) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.sign, self.l2)
+        g = directed(p, g, self.factor, self.l2)
         v = average(v, g * g, self.w)
         mean = average(mean, g, self.w)
         buf = decayed_sum(buf, g / (root(spread(v, mean)) + self.eps), self.mu)
@@ -173,15 +191,15 @@ class Adam:
 
     states: ClassVar[int] = 2
 
-    def __init__(self, hyper: Sequence[float], lr: float, t: float, r: Round) -> None:
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
         beta1, beta2, eps, weight_decay, decoupled, maximize, bias_correction = hyper
-        c1 = 1.0 - power(beta1, int(t)) if bias_correction else 1.0
-        c2 = 1.0 - power(beta2, int(t)) if bias_correction else 1.0
+        c1 = 1.0 - power(beta1, int(now.t)) if bias_correction else 1.0
+        c2 = 1.0 - power(beta2, int(now.t)) if bias_correction else 1.0
         self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
-        self.sign = -1.0 if maximize else 1.0
+        self.factor = gradient_factor(now, maximize, r)
         self.l2 = r(0.0 if decoupled else weight_decay)
-        self.decay = r(lr * weight_decay if decoupled else 0.0)
-        self.step_size = r(divide(lr, c1))
+        self.decay = r(now.lr * weight_decay if decoupled else 0.0)
+        self.step_size = r(divide(now.lr, c1))
         self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
         self.eps = r(eps)
 
@@ -190,7 +208,7 @@ class Adam:
         return p - (self.decay * p + move if self.decay != 0 else move)
 
     def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.sign, self.l2)
+        g = directed(p, g, self.factor, self.l2)
         m = average(m, g, self.w1)
         v = average(v, g * g, self.w2)
         p = self.moved(p, m, v)
@@ -205,7 +223,7 @@ class AmsGrad(Adam):
     def __call__(  # type: ignore[override]
         self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor
     ) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.sign, self.l2)
+        g = directed(p, g, self.factor, self.l2)
         m = average(m, g, self.w1)
         v = average(v, g * g, self.w2)
         top = larger(top, v)
@@ -213,7 +231,21 @@ class AmsGrad(Adam):
         return p, m, v, top
 
 
-RULES: dict[str, Callable[..., Callable[..., tuple[Tensor, ...]]]] = {
+class Averaged:
+    """A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
+    format. Its first value is the first new weight, as in ``torch.optim.swa_utils.AveragedModel``."""
+
+    def __init__(self, rule: str, hyper: Sequence[float], now: Now, r: Round) -> None:
+        self.rule = RULES[rule](hyper, now, r)
+        self.ema = weight(0.0 if now.t == 1 else now.ema_decay, r)
+
+    def __call__(self, p: Tensor, g: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        *states_before, e = states
+        p, *states_after = self.rule(p, g, *states_before)
+        return p, *states_after, average(e, p, self.ema)
+
+
+RULES: dict[str, Callable[..., Any]] = {
     "rmsprop": RMSprop,
     "rmsprop_momentum": RMSpropMomentum,
     "rmsprop_centered": RMSpropCentered,

@@ -6,8 +6,9 @@
 
 namespace adamfused {
 
-// A tensor's parts, in this order: the parameter, its gradient, the states of the rule.
-constexpr int kParam = 0, kGrad = 1, kState = 2, kMaxStates = 3, kSlots = kState + kMaxStates;
+// A tensor's parts, in this order: the parameter, its gradient, the states of the rule (the average of the weights is
+// the last of them), and behind those a copy of the parameter.
+constexpr int kParam = 0, kGrad = 1, kState = 2, kMaxStates = 4, kSlots = kState + kMaxStates + 1;
 constexpr int kMaxHyper = 8;
 
 #define ADAMFUSED_COUNT(...) +1
@@ -33,19 +34,19 @@ ADAMFUSED_HD size_t size_of(FormatId format) {
 
 // One tensor. All its parts lie in memory in the same order, without holes.
 struct Span {
-  Span() {}  // else a list of them would be filled with zeros first
-  void* data[kSlots];
+  Span() {}            // else a list of them would be filled with zeros first
+  void* data[kSlots];  // null for the copy: there is none
   FormatId format[kSlots];
   bool aligned;    // every part begins at a multiple of 16 bytes
-  int32_t recipe;  // index into Job::recipes or, where `step` is null, Job::rules
+  int32_t recipe;  // index into Job::recipes where the rule is made on the device, else into Job::rules
   int64_t numel;   // real numbers; a complex element counts as two
-  float* step;     // where the step count lies on the device, or null when `rules` was made on the host
+  float* step;     // where the step count lies on the device, or null
 };
 
-// What a rule is made from on the device, where step and lr may be known only there.
+// What a rule is made from on the device, where step, lr and the gradient's factor may be known only there.
 struct Recipe {
   double hyper[kMaxHyper];
-  double lr;
+  double lr, t, ema_decay;   // t where the step count is on the host
   const void* lr_on_device;  // null: `lr` holds
   bool lr_is_double;
 };
@@ -53,11 +54,14 @@ struct Recipe {
 // All tensors of one device that move by one rule in one arithmetic.
 struct Job {
   RuleId rule;
+  bool averaged;
   bool in_double;
   const Span* spans;
   int64_t count;
   const void* rules;  // prepared Rule<T>, one per group and step count
   const Recipe* recipes;
+  const double* factor;       // on the device, or null when `rules` have it; then all rules are made there
+  const float* found_inf;     // on the device, or null: where it is not 0, nothing moves
   const int64_t* first_tile;  // CPU: the place of each span's first tile in the list of all tiles; count + 1 entries
 };
 

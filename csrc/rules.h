@@ -9,7 +9,7 @@
 // in both. So a condition on those is one branch for all elements, and one on elements is a choice without a branch.
 //
 // To add a rule: a struct with `Hyper`, `states`, `prepare` and `operator()`, a line in ADAMFUSED_RULES below, its
-// twin in rules.py.
+// twin in rules.py. Every rule also comes as Averaged<Rule>.
 #pragma once
 
 #include "target.h"
@@ -34,6 +34,13 @@ ADAMFUSED_HD double power(double x, int64_t n) {
   }
   return result;
 }
+
+// What a step knows besides a rule's own numbers.
+struct Now {
+  double lr, t;      // t counts the parameter's own steps, this one too
+  double factor;     // what unscaling and clipping multiply the gradient by
+  double ema_decay;  // of the average of the weights
+};
 
 // The weight of the new value in a running average with decay rate beta. Rounding 1 - beta keeps the small number
 // exact to 2^-24 of itself; rounding beta, as beta * a + (1 - beta) * b does, is what drifts: for beta = 0.999
@@ -62,11 +69,16 @@ ADAMFUSED_HD N decayed_sum(N a, N b, const Weight<T>& w) {
   return ((w.far ? N{} : a) - w.c * a) + b;
 }
 
-// The gradient as the rule sees it: turned round to climb, with coupled (L2) decay. A decay of 0 is skipped, not
-// multiplied: 0 * inf is NaN.
+// What the gradient is multiplied by: unscaled, clipped and, to climb, turned round in one.
+template <class T>
+ADAMFUSED_HD T gradient_factor(const Now& now, double maximize) {
+  return T(maximize != 0 ? -now.factor : now.factor);
+}
+
+// The gradient as the rule sees it, with coupled (L2) decay. A decay of 0 is skipped, not multiplied: 0 * inf is NaN.
 template <class N, class T>
-ADAMFUSED_HD N directed(N p, N g, T sign, T l2) {
-  g = sign * g;
+ADAMFUSED_HD N directed(N p, N g, T factor, T l2) {
+  g = factor * g;
   return l2 != T(0) ? g + l2 * p : g;
 }
 
@@ -86,15 +98,19 @@ struct RMSprop {
   using Hyper = RMSpropHyper;
   static constexpr int states = 1;
   Weight<T> w, mu;
-  T sign, l2, lr, eps;
+  T factor, l2, lr, eps;
 
-  ADAMFUSED_HD static RMSprop prepare(const Hyper& h, double lr, double) {
-    return {
-        weight<T>(h.alpha), weight<T>(h.momentum), T(h.maximize != 0 ? -1.0 : 1.0), T(h.weight_decay), T(lr), T(h.eps)};
+  ADAMFUSED_HD static RMSprop prepare(const Hyper& h, const Now& now) {
+    return {weight<T>(h.alpha),
+            weight<T>(h.momentum),
+            gradient_factor<T>(now, h.maximize),
+            T(h.weight_decay),
+            T(now.lr),
+            T(h.eps)};
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& v) const {
-    g = directed(p, g, sign, l2);
+    g = directed(p, g, factor, l2);
     v = average(v, g * g, w);
     p = p - lr * (g / (root(v) + eps));
   }
@@ -104,12 +120,12 @@ template <class T>
 struct RMSpropMomentum : RMSprop<T> {
   static constexpr int states = 2;
 
-  ADAMFUSED_HD static RMSpropMomentum prepare(const RMSpropHyper& h, double lr, double t) {
-    return {RMSprop<T>::prepare(h, lr, t)};
+  ADAMFUSED_HD static RMSpropMomentum prepare(const RMSpropHyper& h, const Now& now) {
+    return {RMSprop<T>::prepare(h, now)};
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& v, N& buf) const {
-    g = directed(p, g, this->sign, this->l2);
+    g = directed(p, g, this->factor, this->l2);
     v = average(v, g * g, this->w);
     buf = decayed_sum(buf, g / (root(v) + this->eps), this->mu);
     p = p - this->lr * buf;
@@ -122,8 +138,8 @@ template <class T>
 struct RMSpropCentered : RMSprop<T> {
   static constexpr int states = 2;
 
-  ADAMFUSED_HD static RMSpropCentered prepare(const RMSpropHyper& h, double lr, double t) {
-    return {RMSprop<T>::prepare(h, lr, t)};
+  ADAMFUSED_HD static RMSpropCentered prepare(const RMSpropHyper& h, const Now& now) {
+    return {RMSprop<T>::prepare(h, now)};
   }
   template <class N>
   ADAMFUSED_HD static N spread(N v, N mean) {
@@ -132,7 +148,7 @@ struct RMSpropCentered : RMSprop<T> {
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& v, N& mean) const {
-    g = directed(p, g, this->sign, this->l2);
+    g = directed(p, g, this->factor, this->l2);
     v = average(v, g * g, this->w);
     mean = average(mean, g, this->w);
     p = p - this->lr * (g / (root(spread(v, mean)) + this->eps));
@@ -143,12 +159,12 @@ template <class T>
 struct RMSpropCenteredMomentum : RMSpropCentered<T> {
   static constexpr int states = 3;
 
-  ADAMFUSED_HD static RMSpropCenteredMomentum prepare(const RMSpropHyper& h, double lr, double t) {
-    return {RMSpropCentered<T>::prepare(h, lr, t)};
+  ADAMFUSED_HD static RMSpropCenteredMomentum prepare(const RMSpropHyper& h, const Now& now) {
+    return {RMSpropCentered<T>::prepare(h, now)};
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& v, N& buf, N& mean) const {
-    g = directed(p, g, this->sign, this->l2);
+    g = directed(p, g, this->factor, this->l2);
     v = average(v, g * g, this->w);
     mean = average(mean, g, this->w);
     buf = decayed_sum(buf, g / (root(this->spread(v, mean)) + this->eps), this->mu);
@@ -167,19 +183,19 @@ struct Adam {
   using Hyper = AdamHyper;
   static constexpr int states = 2;
   Weight<T> w1, w2;
-  T sign, l2, decay, step_size, inv_root_c2, eps;
+  T factor, l2, decay, step_size, inv_root_c2, eps;
 
-  ADAMFUSED_HD static Adam prepare(const Hyper& h, double lr, double t) {
+  ADAMFUSED_HD static Adam prepare(const Hyper& h, const Now& now) {
     bool corrected = h.bias_correction != 0;
-    double c1 = corrected ? 1.0 - power(h.beta1, int64_t(t)) : 1.0;
-    double c2 = corrected ? 1.0 - power(h.beta2, int64_t(t)) : 1.0;
+    double c1 = corrected ? 1.0 - power(h.beta1, int64_t(now.t)) : 1.0;
+    double c2 = corrected ? 1.0 - power(h.beta2, int64_t(now.t)) : 1.0;
     bool decoupled = h.decoupled != 0;
     return {weight<T>(h.beta1),
             weight<T>(h.beta2),
-            T(h.maximize != 0 ? -1.0 : 1.0),
+            gradient_factor<T>(now, h.maximize),
             T(decoupled ? 0.0 : h.weight_decay),
-            T(decoupled ? lr * h.weight_decay : 0.0),
-            T(lr / c1),
+            T(decoupled ? now.lr * h.weight_decay : 0.0),
+            T(now.lr / c1),
             T(1.0 / root(c2)),
             T(h.eps)};
   }
@@ -190,7 +206,7 @@ struct Adam {
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
-    g = directed(p, g, sign, l2);
+    g = directed(p, g, factor, l2);
     m = average(m, g, w1);
     v = average(v, g * g, w2);
     p = moved(p, m, v);
@@ -202,16 +218,53 @@ template <class T>
 struct AmsGrad : Adam<T> {
   static constexpr int states = 3;
 
-  ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, double lr, double t) { return {Adam<T>::prepare(h, lr, t)}; }
+  ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, const Now& now) { return {Adam<T>::prepare(h, now)}; }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v, N& top) const {
-    g = directed(p, g, this->sign, this->l2);
+    g = directed(p, g, this->factor, this->l2);
     m = average(m, g, this->w1);
     v = average(v, g * g, this->w2);
     top = larger(top, v);
     p = this->moved(p, m, top);
   }
 };
+
+// A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
+// format. Its first value is the first new weight, as in torch.optim.swa_utils.AveragedModel.
+template <template <class> class Rule, class T>
+struct Averaged : Rule<T> {
+  static constexpr int states = Rule<T>::states + 1;
+  Weight<T> ema;
+
+  ADAMFUSED_HD static Averaged prepare(const typename Rule<T>::Hyper& h, const Now& now) {
+    return {Rule<T>::prepare(h, now), weight<T>(now.t == 1 ? 0.0 : now.ema_decay)};
+  }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& a, N& e) const {
+    Rule<T>::operator()(p, g, a);
+    e = average(e, p, ema);
+  }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& e) const {
+    Rule<T>::operator()(p, g, a, b);
+    e = average(e, p, ema);
+  }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& c, N& e) const {
+    Rule<T>::operator()(p, g, a, b, c);
+    e = average(e, p, ema);
+  }
+};
+
+// The j-th of numbers through a rule; s[k] are its k-th states.
+template <class Rule, class N, int S, int E>
+ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[S][E], int j) {
+  static_assert(Rule::states == S, "");
+  if constexpr (S == 1) rule(p[j], g[j], s[0][j]);
+  if constexpr (S == 2) rule(p[j], g[j], s[0][j], s[1][j]);
+  if constexpr (S == 3) rule(p[j], g[j], s[0][j], s[1][j], s[2][j]);
+  if constexpr (S == 4) rule(p[j], g[j], s[0][j], s[1][j], s[2][j], s[3][j]);
+}
 
 }  // namespace ADAMFUSED_TARGET
 }  // namespace adamfused

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <string>
 #include <unordered_map>
 
@@ -21,6 +22,7 @@ namespace adamfused {
 
 #ifndef ADAMFUSED_WITH_CUDA
 const char* cuda_run(const Job&, void*) { return "built without CUDA"; }
+const char* cuda_sum(const SumJob&, void*) { return "built without CUDA"; }
 #endif
 
 namespace {
@@ -35,25 +37,30 @@ struct RuleFacts {
   const char* name;
   int states;
   size_t hyper_count;
-  size_t size[2];                                                            // of Rule<float>, Rule<double>
-  void (*prepare[2])(const double* hyper, double lr, double t, void* rule);  // likewise
+  size_t size[2];                                                       // of Rule<float>, Rule<double>
+  void (*prepare[2])(const double* hyper, const Now& now, void* rule);  // likewise
 };
 
 template <class Rule>
-void prepare(const double* numbers, double lr, double t, void* rule) {
+void prepare(const double* numbers, const Now& now, void* rule) {
   typename Rule::Hyper hyper;
   std::memcpy(&hyper, numbers, sizeof hyper);
-  Rule made = Rule::prepare(hyper, lr, t);
+  Rule made = Rule::prepare(hyper, now);
   std::memcpy(rule, &made, sizeof made);
 }
 
-#define ADAMFUSED_ROW(R, name)               \
-  {name,                                     \
-   R<float>::states,                         \
-   sizeof(R<float>::Hyper) / sizeof(double), \
-   {sizeof(R<float>), sizeof(R<double>)},    \
-   {prepare<R<float>>, prepare<R<double>>}},
-const RuleFacts kRuleFacts[kRules] = {ADAMFUSED_RULES(ADAMFUSED_ROW)};
+template <class OfFloat, class OfDouble>
+constexpr RuleFacts facts_of(const char* name) {
+  return {name,
+          OfFloat::states,
+          sizeof(typename OfFloat::Hyper) / sizeof(double),
+          {sizeof(OfFloat), sizeof(OfDouble)},
+          {prepare<OfFloat>, prepare<OfDouble>}};
+}
+
+#define ADAMFUSED_ROW(R, name) \
+  {facts_of<R<float>, R<double>>(name), facts_of<Averaged<R, float>, Averaged<R, double>>(name)},
+const RuleFacts kRuleFacts[kRules][2] = {ADAMFUSED_RULES(ADAMFUSED_ROW)};  // [rule][averaged]
 #undef ADAMFUSED_ROW
 
 std::atomic<const Isa*> isa_in_use{nullptr};
@@ -84,17 +91,31 @@ std::atomic<bool> forked{false};
 
 struct Group {
   int rule;
+  bool averaged = false;  // the weights, in a last state
   std::array<double, kMaxHyper> hyper{};
   double lr;
   c10::optional<at::Tensor> lr_tensor;  // where lr is known only on the device
+  double ema_decay = 0;
+  std::function<double(double)> ema_decay_at;  // if set, tells it of a step count
+
+  const RuleFacts& facts() const { return kRuleFacts[rule][averaged]; }
 };
 
-// Borrowed: the caller keeps them alive until `run` is over. Owning them here would cost the host dear, because a
-// tensor that only Python holds hands its Python object over with every reference taken in C++.
+// Numbers that all parameters have in common.
+struct Common {
+  c10::optional<at::Tensor> factor;     // what unscaling and clipping multiply gradients by; none: 1
+  c10::optional<at::Tensor> found_inf;  // not 0 if the step is not to be made; for parameters on devices only
+};
+
+// The copy's place is behind the states, and null if there is none. Borrowed: the caller keeps them alive until `run`
+// is over. Owning them here would cost the host dear, because a tensor that only Python holds hands its Python object
+// over with every reference taken in C++.
 using Parts = std::array<const at::Tensor*, kSlots>;
 
 class Step {
  public:
+  explicit Step(Common common) : common_(std::move(common)) {}
+
   // That so many parameters will be added.
   void expect(size_t params) {
     expected_ = params;
@@ -104,8 +125,7 @@ class Step {
 
   // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
   __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step) {
-    const RuleFacts& facts = kRuleFacts[group.rule];
-    const int count = kState + facts.states;
+    const int copy = kState + group.facts().states, count = copy + (parts[copy] != nullptr);
     Seen seen[kSlots], counter;
     const Seen& param = seen[kParam];
     const at::Tensor& p = *parts[kParam];
@@ -115,7 +135,7 @@ class Step {
     const bool is_complex = at::isComplexType(param.type);
     bool usual = param.contiguous && !param.turned && !param.inference, dense = true;
     for (int k = 1; k < count && usual; ++k) usual = look_alike(*parts[k], k != kGrad, param, seen[k]);
-    bool in_place[kSlots] = {true, true, true, true, true};
+    bool in_place[kSlots] = {true, true, true, true, true, true, true};
     if (!usual) {
       dense = param.contiguous || p.is_non_overlapping_and_dense();
       for (int k = 0; k < count; ++k) {
@@ -147,19 +167,20 @@ class Step {
     for (int k = 0; k < count; ++k)
       if (k != kGrad) bumped_.push_back(seen[k].impl);
 
-    const size_t b = bucket_for(device, group.rule, param.format == FormatId::F64);
+    const size_t b = bucket_for(device, group, param.format == FormatId::F64);
     Bucket& bucket = buckets_[b];
     Span& span = bucket.spans.emplace_back();
     for (int k = 0; k < count; ++k)
       span.data[k] = const_cast<char*>(seen[k].extent.begin), span.format[k] = seen[k].format;
+    if (count == copy) span.data[copy] = nullptr;
     span.numel = param.numel * (is_complex ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
-    span.recipe = on_device ? bucket.recipe(group, device, kept_) : bucket.rule_for(group, counted.after, facts);
+    span.recipe = bucket.recipe_for(group, on_device ? Bucket::kCountOnDevice : counted.after, kept_);
 
     bool alone = !in_place[kParam];
     for (const Alone& other : alone_) alone |= param.extent.meets(other.extent);
     if (alone) {
-      Alone& each = alone_.emplace_back(Alone{b, span, param.extent, {}, {}, dense});
+      Alone& each = alone_.emplace_back(Alone{b, span, count, param.extent, {}, {}, dense});
       bucket.spans.pop_back();
       for (int k = 0; k < count; ++k) each.tensors[k] = *parts[k], each.in_place[k] = in_place[k];
       return true;
@@ -192,71 +213,82 @@ class Step {
 
  private:
   struct Bucket {
+    static constexpr double kCountOnDevice = -1;
+
     at::Device device;
     int rule;
-    bool in_double;
+    bool averaged, in_double;
+    at::Tensor factor, found_inf;  // on the device, or undefined
+    double factor_on_host = 1.0;
     std::vector<Span> spans;
     std::vector<char> rules;
     std::vector<Recipe> recipes;
     const Group* last_group = nullptr;  // the group that the three below speak of
-    double last_t = -1;
-    int32_t last_rule = 0, last_recipe = -1;
-    std::unordered_map<double, int32_t> rule_of_t;
+    double last_t = -2;
+    int32_t last_recipe = 0;
+    std::unordered_map<double, int32_t> recipe_of_t;
 
-    void enter(const Group& group) {
-      if (last_group == &group) return;
-      last_group = &group, last_t = -1, last_recipe = -1;
-      rule_of_t.clear();
-    }
-    int32_t rule_for(const Group& group, double t, const RuleFacts& facts) {
-      enter(group);
-      if (t == last_t) return last_rule;
-      size_t size = facts.size[in_double];
-      auto [found, is_new] = rule_of_t.try_emplace(t, int32_t(rules.size() / size));
+    // The place in `rules` or `recipes` of what moves a parameter of the group whose step count is t.
+    int32_t recipe_for(const Group& group, double t, std::vector<at::Tensor>& kept) {
+      if (last_group != &group) last_group = &group, last_t = -2, recipe_of_t.clear();
+      if (t == last_t) return last_recipe;
+      const bool there = t == kCountOnDevice || factor.defined();
+      const size_t size = group.facts().size[in_double], next = there ? recipes.size() : rules.size() / size;
+      auto [found, is_new] = recipe_of_t.try_emplace(t, int32_t(next));
       if (is_new) {
-        rules.resize(rules.size() + size);
-        double lr = group.lr_tensor ? group.lr_tensor->item<double>() : group.lr;
-        DefaultArithmetic here;
-        facts.prepare[in_double](group.hyper.data(), lr, t, rules.data() + rules.size() - size);
+        const double ema_decay = group.ema_decay_at ? group.ema_decay_at(t) : group.ema_decay;
+        there ? add_recipe(group, t, ema_decay, kept) : add_rule(group, t, ema_decay);
       }
       last_t = t;
-      return last_rule = found->second;
+      return last_recipe = found->second;
     }
-    int32_t recipe(const Group& group, at::Device on, std::vector<at::Tensor>& kept) {
-      enter(group);
-      if (last_recipe >= 0) return last_recipe;
+    void add_rule(const Group& group, double t, double ema_decay) {
+      const double lr = group.lr_tensor ? group.lr_tensor->item<double>() : group.lr;
+      const size_t size = group.facts().size[in_double];
+      rules.resize(rules.size() + size);
+      DefaultArithmetic here;
+      group.facts().prepare[in_double](group.hyper.data(), {lr, t, factor_on_host, ema_decay},
+                                       rules.data() + rules.size() - size);
+    }
+    void add_recipe(const Group& group, double t, double ema_decay, std::vector<at::Tensor>& kept) {
       Recipe made{};
       std::copy(group.hyper.begin(), group.hyper.end(), made.hyper);
-      made.lr = group.lr;
+      made.lr = group.lr, made.t = t, made.ema_decay = ema_decay;
       if (group.lr_tensor) {
         bool is_double = group.lr_tensor->scalar_type() == at::kDouble;
-        kept.push_back(group.lr_tensor->to(on, is_double ? at::kDouble : at::kFloat, /*non_blocking=*/true));
+        kept.push_back(group.lr_tensor->to(device, is_double ? at::kDouble : at::kFloat, /*non_blocking=*/true));
         made.lr_on_device = kept.back().const_data_ptr();
         made.lr_is_double = is_double;
       }
       recipes.push_back(made);
-      return last_recipe = int32_t(recipes.size() - 1);
     }
     Job job(const std::vector<Span>& some) const {
-      return {RuleId(rule), in_double, some.data(), int64_t(some.size()), rules.data(), recipes.data(), nullptr};
+      Job made{RuleId(rule), averaged,       in_double, some.data(), int64_t(some.size()),
+               rules.data(), recipes.data(), nullptr,   nullptr,     nullptr};
+      if (factor.defined()) made.factor = factor.const_data_ptr<double>();
+      if (found_inf.defined()) made.found_inf = found_inf.const_data_ptr<float>();
+      return made;
     }
   };
 
-  size_t bucket_for(at::Device device, int rule, bool in_double) {
-    for (size_t b = 0; b < buckets_.size(); ++b)
-      if (buckets_[b].device == device && buckets_[b].rule == rule && buckets_[b].in_double == in_double) return b;
-    buckets_.push_back(Bucket{device, rule, in_double, {}, {}, {}, nullptr, -1, 0, -1, {}});
+  size_t bucket_for(at::Device device, const Group& group, bool in_double) {
+    for (size_t b = 0; b < buckets_.size(); ++b) {
+      const Bucket& known = buckets_[b];
+      if (known.device == device && known.rule == group.rule && known.averaged == group.averaged &&
+          known.in_double == in_double)
+        return b;
+    }
+    Bucket made{device, group.rule, group.averaged, in_double, {}, {}, 1.0, {}, {}, {}, nullptr, -2, 0, {}};
+    if (device.is_cpu()) {
+      TORCH_CHECK(!common_.found_inf, "adamfused: found_inf is read by the caller for parameters on a CPU");
+      if (common_.factor) made.factor_on_host = common_.factor->item<double>();
+    } else {
+      if (common_.factor) made.factor = common_.factor->to(device, at::kDouble, /*non_blocking=*/true);
+      if (common_.found_inf) made.found_inf = common_.found_inf->to(device, at::kFloat, /*non_blocking=*/true);
+    }
+    buckets_.push_back(std::move(made));
     buckets_.back().spans.reserve(expected_);
     return buckets_.size() - 1;
-  }
-
-  // What a kernel can work on in place of a tensor whose elements lie in another order than the parameter's.
-  static at::Tensor copy_of(const at::Tensor& t, const at::Tensor& p, bool dense) {
-    at::NoGradGuard no_grad;
-    at::Tensor copy =
-        dense ? at::empty_strided(p.sizes(), p.strides(), t.options()) : at::empty(p.sizes(), t.options());
-    copy.copy_(t);
-    return copy;
   }
 
   static bool is_aligned(const Span& span, int count) {
@@ -270,6 +302,7 @@ class Step {
   struct Alone {
     size_t bucket;
     Span span;
+    int count;      // of its parts
     Extent extent;  // of the parameter
     std::array<at::Tensor, kSlots> tensors;
     bool in_place[kSlots];
@@ -277,7 +310,7 @@ class Step {
   };
 
   void run_alone(Alone& each) {
-    const int count = kState + kRuleFacts[buckets_[each.bucket].rule].states;
+    const int count = each.count;
     std::array<at::Tensor, kSlots> use = each.tensors;
     for (int k = 0; k < count; ++k) {
       if (!each.in_place[k]) use[k] = copy_of(each.tensors[k], each.tensors[kParam], each.dense);
@@ -303,7 +336,7 @@ class Step {
     Job job = bucket.job(spans);
     job.first_tile = first_tile.data();
     const int64_t tiles = first_tile.back();
-    const Run run = isa().table[bucket.rule][bucket.in_double];
+    const Run run = isa().table[bucket.rule][bucket.averaged][bucket.in_double];
     if (tiles == 0) return;
     // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 16 numbers.
     const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 16 * tiles));
@@ -330,6 +363,7 @@ class Step {
     }
   }
 
+  const Common common_;
   size_t expected_ = 0;
   std::vector<Bucket> buckets_;
   std::vector<Alone> alone_;

@@ -114,6 +114,14 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+// What a kernel can work on in place of a tensor whose elements lie in another order than the parameter's.
+at::Tensor copy_of(const at::Tensor& t, const at::Tensor& p, bool dense) {
+  at::NoGradGuard no_grad;
+  at::Tensor copy = dense ? at::empty_strided(p.sizes(), p.strides(), t.options()) : at::empty(p.sizes(), t.options());
+  copy.copy_(t);
+  return copy;
+}
+
 // Whether two tensors whose extents meet share memory. Of two with holes, which may lie in each other's, only whether
 // they begin at the same place.
 bool same_memory(const Seen& a, const Seen& b) {

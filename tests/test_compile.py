@@ -86,7 +86,7 @@ def test_a_changing_tensor_lr_does_not_recompile() -> None:
     assert moves[0] > 1.5 * moves[1] > 3 * moves[2]  # each value was read
 
 
-def operator_arguments(rule: str, states: int, hyper: list[float]):
+def operator_arguments(rule: str, states: int, hyper: list[float], copies: bool = False):
     torch.manual_seed(0)
     params = [torch.randn(5), torch.randn(2, 3)]
     grads = [torch.randn_like(p) for p in params]
@@ -96,6 +96,7 @@ def operator_arguments(rule: str, states: int, hyper: list[float]):
         grads,
         [torch.zeros_like(p) for p in params for _ in range(states)],
         counts,
+        [torch.empty_like(p, dtype=torch.bfloat16) for p in params] if copies else [],
         rule,
         hyper,
         0.1,
@@ -120,6 +121,17 @@ def test_opcheck(rule: str, states: int, hyper: list[float]) -> None:
     )
 
 
+def test_opcheck_of_the_whole_step() -> None:
+    """With an average, the gradients' factor and a copy of the weights; and of the sum that the norm is made from."""
+    arguments = operator_arguments("adam", 3, ADAM_HYPER, copies=True)
+    more = {"ema_decay": 0.9, "factor": torch.tensor(0.5, dtype=torch.float64)}
+    torch.library.opcheck(torch.ops.adamfused.step_.default, arguments, more)
+    for largest in (False, True):
+        torch.library.opcheck(
+            torch.ops.adamfused.gradient_sum.default, (arguments[0], arguments[1], largest)
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -129,10 +141,14 @@ def test_opcheck(rule: str, states: int, hyper: list[float]) -> None:
             {"grads": []},
             "adamfused::step_: 2 params need as many grads and steps and 4 states, got 0, 2 and 4",
         ),
+        (
+            {"copies": [torch.zeros(5)]},
+            "adamfused::step_: 2 params need as many copies or none, got 1",
+        ),
     ],
 )
 def test_operator_refuses_wrong_lists(change: dict, message: str) -> None:
-    names = ("params", "grads", "states", "steps", "rule", "hyper", "lr")
+    names = ("params", "grads", "states", "steps", "copies", "rule", "hyper", "lr")
     arguments = dict(zip(names, operator_arguments("adam", 2, ADAM_HYPER), strict=True)) | change
     before = [p.clone() for p in arguments["params"]]
     with pytest.raises(RuntimeError) as error:

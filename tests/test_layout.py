@@ -167,7 +167,7 @@ def test_control_a_poke_is_noticed(what) -> None:
     class Poking(AdamW):
         def step(self, closure: Any = None) -> None:
             super().step(closure)
-            if self.defaults["backend"] == "reference":
+            if self._options.backend == "reference":
                 return
             poked = {"gradient": g, "neighbour": p, "parameter": p}[what]
             memory = torch.empty(0).set_(poked.untyped_storage())

@@ -52,6 +52,19 @@ void put(FormatId format, void* data, int64_t at, int n, const T* from) {
   }
 }
 
+// The numbers of a part, written to a tensor of any format.
+template <class T>
+void copy_out(FormatId format, void* data, int64_t at, int n, const T* from) {
+  switch (format) {
+#define ADAMFUSED_CASE(F, ...)                                \
+  case FormatId::F:                                           \
+    put_all<T, F>(from, n, static_cast<F::Rest*>(data) + at); \
+    return;
+    ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+  }
+}
+
 // What comes is asked for this many bytes ahead. The processor's own prefetching ends with each page of memory, and a
 // rule has so many instructions that the next page is not in sight when it does.
 constexpr int kAhead = 512;
@@ -87,73 +100,66 @@ void store(Vector<T> x, typename Format::Rest* to) {
 }
 
 // What is worked on: the parameter and the gradient as they rest, the states as T.
-template <class T, class P, class G>
+template <class T, class P, class G, int S>
 struct Parts {
   typename P::Rest* p;
   const typename G::Rest* g;
-  T *a, *b, *c;
+  T* s[S];
 };
 
 // One line (64 bytes of T) of every part: all is read before anything is written. Large tensors begin at the same place
 // of a page, and some first-level caches cannot hold such lines side by side (AMD's tell ways apart by a few bits of
 // the address); going back and forth between halves of lines would fetch each one twice.
 template <class T, class P, class G, class Rule>
-inline void move_line(const Rule& rule, const Parts<T, P, G>& at, int64_t i) {
+inline void move_line(const Rule& rule, const Parts<T, P, G, Rule::states>& at, int64_t i) {
   constexpr int vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
-  Vector<T> p[vectors], g[vectors], a[vectors], b[vectors], c[vectors];
+  Vector<T> p[vectors], g[vectors], s[Rule::states][vectors];
   for (int j = 0; j < vectors; ++j) g[j] = load<T, G>(at.g + i + j * lanes);
   for (int j = 0; j < vectors; ++j) p[j] = load<T, P>(at.p + i + j * lanes);
-  for (int j = 0; j < vectors; ++j) a[j] = load<T, AsIs<T>>(at.a + i + j * lanes);
-  for (int j = 0; j < vectors && Rule::states > 1; ++j) b[j] = load<T, AsIs<T>>(at.b + i + j * lanes);
-  for (int j = 0; j < vectors && Rule::states > 2; ++j) c[j] = load<T, AsIs<T>>(at.c + i + j * lanes);
-  for (int j = 0; j < vectors; ++j) {
-    if constexpr (Rule::states == 1) rule(p[j], g[j], a[j]);
-    if constexpr (Rule::states == 2) rule(p[j], g[j], a[j], b[j]);
-    if constexpr (Rule::states == 3) rule(p[j], g[j], a[j], b[j], c[j]);
-  }
-  for (int j = 0; j < vectors; ++j) store<T, AsIs<T>>(a[j], at.a + i + j * lanes);
-  for (int j = 0; j < vectors && Rule::states > 1; ++j) store<T, AsIs<T>>(b[j], at.b + i + j * lanes);
-  for (int j = 0; j < vectors && Rule::states > 2; ++j) store<T, AsIs<T>>(c[j], at.c + i + j * lanes);
+  for (int k = 0; k < Rule::states; ++k)
+    for (int j = 0; j < vectors; ++j) s[k][j] = load<T, AsIs<T>>(at.s[k] + i + j * lanes);
+  for (int j = 0; j < vectors; ++j) move(rule, p, g, s, j);
+  for (int k = 0; k < Rule::states; ++k)
+    for (int j = 0; j < vectors; ++j) store<T, AsIs<T>>(s[k][j], at.s[k] + i + j * lanes);
   for (int j = 0; j < vectors; ++j) store<T, P>(p[j], at.p + i + j * lanes);
 }
 
 inline void ask_for(const void* x) { __builtin_prefetch(static_cast<const char*>(x) + kAhead); }
 
 template <class T, class P, class G, class Rule>
-void move_lines(const Rule rule, const Parts<T, P, G> at, int n) {
+void move_lines(const Rule rule, const Parts<T, P, G, Rule::states> at, int n) {
   constexpr int line = 64 / sizeof(T);
   int i = 0;
   for (; i + line <= n; i += line) {
-    ask_for(at.g + i), ask_for(at.p + i), ask_for(at.a + i);
-    if constexpr (Rule::states > 1) ask_for(at.b + i);
-    if constexpr (Rule::states > 2) ask_for(at.c + i);
+    ask_for(at.g + i), ask_for(at.p + i);
+    for (int k = 0; k < Rule::states; ++k) ask_for(at.s[k] + i);
     move_line(rule, at, i);
   }
   const size_t left = n - i;
   if (left == 0) return;
   typename P::Rest p[line] = {};
   typename G::Rest g[line] = {};
-  T a[line] = {}, b[line] = {}, c[line] = {};
+  T s[Rule::states][line] = {};
   __builtin_memcpy(p, at.p + i, left * sizeof p[0]);
   __builtin_memcpy(g, at.g + i, left * sizeof g[0]);
-  __builtin_memcpy(a, at.a + i, left * sizeof(T));
-  if constexpr (Rule::states > 1) __builtin_memcpy(b, at.b + i, left * sizeof(T));
-  if constexpr (Rule::states > 2) __builtin_memcpy(c, at.c + i, left * sizeof(T));
-  move_line<T, P, G>(rule, {p, g, a, b, c}, 0);
+  Parts<T, P, G, Rule::states> rest{p, g, {}};
+  for (int k = 0; k < Rule::states; ++k) {
+    __builtin_memcpy(s[k], at.s[k] + i, left * sizeof(T));
+    rest.s[k] = s[k];
+  }
+  move_line(rule, rest, 0);
   __builtin_memcpy(at.p + i, p, left * sizeof p[0]);
-  __builtin_memcpy(at.a + i, a, left * sizeof(T));
-  if constexpr (Rule::states > 1) __builtin_memcpy(at.b + i, b, left * sizeof(T));
-  if constexpr (Rule::states > 2) __builtin_memcpy(at.c + i, c, left * sizeof(T));
+  for (int k = 0; k < Rule::states; ++k) __builtin_memcpy(at.s[k] + i, s[k], left * sizeof(T));
 }
 
 constexpr int kAheadTensors = 4;
 
-template <template <class> class Rule, class T>
+template <class Rule, class T>
 void run(const Job& job, int64_t begin, int64_t end) {
-  constexpr int parts = kState + Rule<T>::states;
+  constexpr int parts = kState + Rule::states;
   alignas(64) T buffer[parts][kTile];
   T* at[kSlots] = {};
-  const Rule<T>* rules = static_cast<const Rule<T>*>(job.rules);
+  const Rule* rules = static_cast<const Rule*>(job.rules);
 
   int64_t low = 0, high = job.count;  // the span that holds tile `begin`: the last whose first tile is not past it
   while (high - low > 1) {
@@ -162,11 +168,13 @@ void run(const Job& job, int64_t begin, int64_t end) {
   }
   for (int64_t s = low, tile = begin; tile < end; ++s) {
     const Span& span = job.spans[s];
-    const Rule<T> rule = rules[span.recipe];
+    const Rule rule = rules[span.recipe];
     int64_t last = job.first_tile[s + 1] < end ? job.first_tile[s + 1] : end;
-    // Parameters and gradients of these formats go to registers and back; any other than T goes by way of a buffer.
-    auto is = [&span](FormatId format) {
-      return sizeof(T) == sizeof(float) && span.format[kParam] == format && span.format[kGrad] == format;
+    void* const copy = span.data[parts];
+    // Parameters and gradients of these formats go to registers and back; any other than T goes by way of a buffer, and
+    // so do those that a copy is made of.
+    auto is = [&](FormatId format) {
+      return sizeof(T) == sizeof(float) && !copy && span.format[kParam] == format && span.format[kGrad] == format;
     };
     if (s + kAheadTensors < job.count)  // a small tensor is over before the processor has seen where the next one lies
       for (int i = 0; i < parts; ++i) __builtin_prefetch(job.spans[s + kAheadTensors].data[i]);
@@ -174,12 +182,16 @@ void run(const Job& job, int64_t begin, int64_t end) {
       int64_t start = (tile - job.first_tile[s]) * kTile;
       int n = int(span.numel - start < kTile ? span.numel - start : kTile);
       for (int i = kState; i < parts; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
-      T *a = at[kState], *b = at[kState + 1], *c = at[kState + 2];
+      auto move_as = [&](auto p_format, auto g_format, auto* p, const auto* g) {
+        Parts<T, decltype(p_format), decltype(g_format), Rule::states> all{p, g, {}};
+        for (int k = 0; k < Rule::states; ++k) all.s[k] = at[kState + k];
+        move_lines(rule, all, n);
+      };
       auto as_they_rest = [&](auto format) {
         using Format = decltype(format);
         auto* p = static_cast<typename Format::Rest*>(span.data[kParam]) + start;
         auto* g = static_cast<const typename Format::Rest*>(span.data[kGrad]) + start;
-        if constexpr (sizeof(T) == sizeof(float)) move_lines<T, Format, Format>(rule, {p, g, a, b, c}, n);
+        if constexpr (sizeof(T) == sizeof(float)) move_as(format, format, p, g);
       };
       if (is(FormatId::BF16)) {
         as_they_rest(BF16{});
@@ -187,15 +199,18 @@ void run(const Job& job, int64_t begin, int64_t end) {
         as_they_rest(F16{});
       } else {
         for (int i = 0; i < kState; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
-        move_lines<T, AsIs<T>, AsIs<T>>(rule, {at[kParam], at[kGrad], a, b, c}, n);
+        move_as(AsIs<T>{}, AsIs<T>{}, at[kParam], at[kGrad]);
         put<T>(span.format[kParam], span.data[kParam], start, n, at[kParam]);
+        if (copy) copy_out<T>(span.format[parts], copy, start, n, at[kParam]);
       }
       for (int i = kState; i < parts; ++i) put<T>(span.format[i], span.data[i], start, n, at[i]);
     }
   }
 }
 
-#define ADAMFUSED_ROW(Rule, ...) {run<Rule, float>, run<Rule, double>},
+#define ADAMFUSED_ROW(Rule, ...)                         \
+  {{run<Rule<float>, float>, run<Rule<double>, double>}, \
+   {run<Averaged<Rule, float>, float>, run<Averaged<Rule, double>, double>}},
 #define ADAMFUSED_TABLE {ADAMFUSED_RULES(ADAMFUSED_ROW)}
 
 }  // namespace ADAMFUSED_TARGET

@@ -17,7 +17,7 @@ bool avx512_runs_here() {
 
 }  // namespace
 
-#define ADAMFUSED_ROW(isa) {#isa, isa##_runs_here, isa##_table},
+#define ADAMFUSED_ROW(isa) {#isa, isa##_runs_here, isa##_table, isa##_sum},
 const Isa kIsaTable[kIsas] = {ADAMFUSED_ISAS(ADAMFUSED_ROW)};
 #undef ADAMFUSED_ROW
 

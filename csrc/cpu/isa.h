@@ -1,17 +1,21 @@
 // The table of instruction sets, best last, and the one in use.
 #pragma once
 
-#include "job.h"
+#include "sum.h"
 
 namespace adamfused {
 
 // Tiles [begin, end) of a job.
 using Run = void (*)(const Job&, int64_t begin, int64_t end);
 
+// The sums of chunks [begin, end) of a job.
+using Sum = void (*)(const SumJob&, int64_t begin, int64_t end);
+
 struct Isa {
   const char* name;
-  bool (*runs_here)();    // asks the processor and the operating system
-  const Run (*table)[2];  // [rule][in double]
+  bool (*runs_here)();       // asks the processor and the operating system
+  const Run (*table)[2][2];  // [rule][averaged][in double]
+  Sum sum;
 };
 
 #if defined(__x86_64__)
@@ -20,7 +24,9 @@ struct Isa {
 #define ADAMFUSED_ISAS(ISA) ISA(scalar)
 #endif
 
-#define ADAMFUSED_DECLARE(isa) extern const Run isa##_table[kRules][2];
+#define ADAMFUSED_DECLARE(isa)                \
+  extern const Run isa##_table[kRules][2][2]; \
+  extern const Sum isa##_sum;
 ADAMFUSED_ISAS(ADAMFUSED_DECLARE)
 #undef ADAMFUSED_DECLARE
 

@@ -14,7 +14,8 @@ namespace cuda {
 int elements_a_thread(const Job& job, int parts) {
   size_t narrowest = 16;
   for (int64_t s = 0; s < job.count; ++s)
-    for (int k = 0; k < parts; ++k) {
+    for (int k = 0; k <= parts; ++k) {
+      if (k == parts && job.spans[s].data[k] == nullptr) continue;  // there is no copy
       const size_t size = size_of(job.spans[s].format[k]);
       narrowest = size < narrowest ? size : narrowest;
     }
@@ -49,6 +50,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   bool advance = false;
   arguments.count = 0;
   arguments.first_tile[0] = 0;
+  arguments.factor = job.factor, arguments.found_inf = job.found_inf;
 
   auto flush = [&]() {
     cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E>(arguments, advance, stream);
@@ -68,34 +70,40 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
     if (full)
       if (cudaError_t error = flush(); error != cudaSuccess) return error;
 
-    bool on_device = span.step != nullptr;
-    int32_t& slot = (on_device ? recipe_place : place)[size_t(span.recipe)];
+    const bool made_there = span.step != nullptr || job.factor != nullptr;
+    int32_t& slot = (made_there ? recipe_place : place)[size_t(span.recipe)];
     if (slot < 0) {
       slot = ready++;
-      (on_device ? recipe_used : used).push_back(span.recipe);
-      if (on_device)
+      (made_there ? recipe_used : used).push_back(span.recipe);
+      if (made_there)
         arguments.ready[slot].recipe = job.recipes[span.recipe];
       else
         arguments.ready[slot].rule = static_cast<const Rule*>(job.rules)[span.recipe];
     }
     auto& entry = arguments.entry[arguments.count];
-    for (int k = 0; k < Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
+    for (int k = 0; k <= Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
     entry.numel = span.numel;
     entry.step = span.step;
     entry.recipe = slot;
     entry.aligned = span.aligned;
-    advance |= on_device;
+    advance |= span.step != nullptr;
     arguments.first_tile[arguments.count + 1] = arguments.first_tile[arguments.count] + uint32_t(tiles);
     ++arguments.count;
   }
   return flush();
 }
 
+template <class RuleOfFloat, class RuleOfDouble>
+cudaError_t run_in(const Job& job, cudaStream_t stream) {
+  if (job.in_double) return run<RuleOfDouble, double, 2>(job, stream);
+  return elements_a_thread(job, kState + RuleOfFloat::states) > 4 ? run<RuleOfFloat, float, 8>(job, stream)
+                                                                  : run<RuleOfFloat, float, 4>(job, stream);
+}
+
 template <template <class> class Rule>
 cudaError_t run_rule(const Job& job, cudaStream_t stream) {
-  if (job.in_double) return run<Rule<double>, double, 2>(job, stream);
-  return elements_a_thread(job, kState + Rule<float>::states) > 4 ? run<Rule<float>, float, 8>(job, stream)
-                                                                  : run<Rule<float>, float, 4>(job, stream);
+  return job.averaged ? run_in<Averaged<Rule, float>, Averaged<Rule, double>>(job, stream)
+                      : run_in<Rule<float>, Rule<double>>(job, stream);
 }
 
 }  // namespace cuda
@@ -131,7 +139,7 @@ const char* cuda_self_test() {
     host[2][i] = host[3][i] = 0.0f;
   }
   cuda::AdamHyper hyper{0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0};
-  cuda::Adam<float> rule = cuda::Adam<float>::prepare(hyper, 1e-3, 1.0);
+  cuda::Adam<float> rule = cuda::Adam<float>::prepare(hyper, {1e-3, 1.0, 1.0, 0.0});
   Span span;
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, sizeof host);
@@ -140,7 +148,8 @@ const char* cuda_self_test() {
     for (int k = 0; k < 4; ++k) span.data[k] = static_cast<float*>(memory) + k * n, span.format[k] = FormatId::F32;
     span.aligned = true, span.recipe = 0;
     span.numel = n, span.step = nullptr;
-    Job job{RuleId::Adam, false, &span, 1, &rule, nullptr, nullptr};
+    span.data[4] = nullptr;
+    Job job{RuleId::Adam, false, false, &span, 1, &rule, nullptr, nullptr, nullptr, nullptr};
     error = cuda::run_rule<cuda::Adam>(job, nullptr);
   }
   if (error == cudaSuccess) error = cudaMemcpy(back, memory, sizeof back, cudaMemcpyDeviceToHost);

@@ -23,36 +23,38 @@ template <class Rule>
 struct Arguments {
   static constexpr int parts = kState + Rule::states;
   struct Entry {
-    void* data[parts];
+    void* data[parts + 1];  // the copy last
     int64_t numel;
     float* step;
     int32_t recipe;
-    FormatId format[parts];
+    FormatId format[parts + 1];
     bool aligned;
   };
   union Ready {
     Rule rule;
     Recipe recipe;
   };
-  static constexpr int entries = int((kArgumentBytes - kTable * sizeof(Ready) - 16) / (sizeof(Entry) + 4));
+  static constexpr int entries = int((kArgumentBytes - kTable * sizeof(Ready) - 32) / (sizeof(Entry) + 4));
 
   Entry entry[entries];
   Ready ready[kTable];
   uint32_t first_tile[entries + 1];
   int32_t count;
+  const double* factor;    // as in Job
+  const float* found_inf;  // likewise
 };
 
-// n elements through a rule.
-template <class Rule, class T>
-ADAMFUSED_HD void move_tile(const Rule& rule, int n, T* ADAMFUSED_RESTRICT p, const T* ADAMFUSED_RESTRICT g,
-                            T* ADAMFUSED_RESTRICT a, T* ADAMFUSED_RESTRICT b, T* ADAMFUSED_RESTRICT c) {
-  ADAMFUSED_UNROLL
-  for (int i = 0; i < n; ++i) {
-    if constexpr (Rule::states == 1) rule(p[i], g[i], a[i]);
-    if constexpr (Rule::states == 2) rule(p[i], g[i], a[i], b[i]);
-    if constexpr (Rule::states == 3) rule(p[i], g[i], a[i], b[i], c[i]);
+// E elements of all parts: parameter, gradient, states.
+template <class Rule, class T, int E>
+struct Elements {
+  T p[E], g[E], s[Rule::states][E];
+
+  __device__ __forceinline__ T* part(int k) { return k == kParam ? p : k == kGrad ? g : s[k - kState]; }
+  __device__ __forceinline__ void move_by(const Rule& rule) {
+    ADAMFUSED_UNROLL
+    for (int i = 0; i < E; ++i) move(rule, p, g, s, i);
   }
-}
+};
 
 // N bytes between memory and registers, by the widest accesses that divide them.
 template <int N>
@@ -179,21 +181,28 @@ __device__ __forceinline__ void put_one(FormatId format, T x, void* data, int64_
 }
 
 template <class Rule>
-__device__ Rule prepare_on_device(const Recipe& recipe, const float* step) {
+__device__ Rule prepare_on_device(const Recipe& recipe, const float* step, const double* factor) {
   typename Rule::Hyper hyper;
   __builtin_memcpy(&hyper, recipe.hyper, sizeof hyper);
   double lr = recipe.lr;
   if (recipe.lr_on_device != nullptr)
     lr = recipe.lr_is_double ? *static_cast<const double*>(recipe.lr_on_device)
                              : double(*static_cast<const float*>(recipe.lr_on_device));
-  return Rule::prepare(hyper, lr, double(*step));
+  const double t = step != nullptr ? double(*step) : recipe.t;
+  return Rule::prepare(hyper, {lr, t, factor != nullptr ? *factor : 1.0, recipe.ema_decay});
+}
+
+// A gradient that was scaled up overflowed: the step is not made.
+template <class Rule>
+__device__ bool overflowed(const Arguments<Rule>& job) {
+  return job.found_inf != nullptr && *job.found_inf != 0.0f;
 }
 
 // Before the step: the counts that lie on the device move on by one.
 template <class Rule>
 __global__ void advance_kernel(const __grid_constant__ Arguments<Rule> job) {
   int s = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (s < job.count && job.entry[s].step != nullptr) *job.entry[s].step += 1.0f;
+  if (s < job.count && job.entry[s].step != nullptr && !overflowed(job)) *job.entry[s].step += 1.0f;
 }
 
 template <class Rule, class T, int E>
@@ -201,6 +210,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
   constexpr int parts = Arguments<Rule>::parts;
   constexpr int tile_size = kThreads * E * kRounds;
   __shared__ Rule made;
+  if (overflowed(job)) return;
 
   for (uint32_t tile = blockIdx.x; tile < job.first_tile[job.count]; tile += gridDim.x) {
     int s = 0, high = job.count;  // the last entry whose first tile is not past this one
@@ -212,36 +222,39 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
         high = middle;
     }
     const auto& entry = job.entry[s];
-    if (entry.step != nullptr) {
+    const bool made_here = entry.step != nullptr || job.factor != nullptr;
+    if (made_here) {
       __syncthreads();  // the tile before may still read `made`
-      if (threadIdx.x == 0) made = prepare_on_device<Rule>(job.ready[entry.recipe].recipe, entry.step);
+      if (threadIdx.x == 0) made = prepare_on_device<Rule>(job.ready[entry.recipe].recipe, entry.step, job.factor);
       __syncthreads();
     }
-    const Rule rule = entry.step != nullptr ? made : job.ready[entry.recipe].rule;
+    const Rule rule = made_here ? made : job.ready[entry.recipe].rule;
 
     const int64_t start = int64_t(tile - job.first_tile[s]) * tile_size;
     const int n = int(entry.numel - start < tile_size ? entry.numel - start : tile_size);
     const int body = entry.aligned ? n / E * E : 0;
     for (int i = int(threadIdx.x) * E; i < body; i += kThreads * E) {
       Packed<T, E> packed[parts];
-      T x[kSlots][E];
+      Elements<Rule, T, E> x;
       ADAMFUSED_UNROLL
       for (int k = 0; k < parts; ++k) load(entry.format[k], entry.data[k], start + i, packed[k]);
       ADAMFUSED_UNROLL
-      for (int k = 0; k < parts; ++k) get(entry.format[k], packed[k], x[k]);
-      move_tile(rule, E, x[kParam], x[kGrad], x[kState], x[kState + 1], x[kState + 2]);
+      for (int k = 0; k < parts; ++k) get(entry.format[k], packed[k], x.part(k));
+      x.move_by(rule);
       ADAMFUSED_UNROLL
       for (int k = 0; k < parts; ++k)
-        if (k != kGrad) store<T, E>(entry.format[k], x[k], entry.data[k], start + i);
+        if (k != kGrad) store<T, E>(entry.format[k], x.part(k), entry.data[k], start + i);
+      if (entry.data[parts] != nullptr) store<T, E>(entry.format[parts], x.p, entry.data[parts], start + i);
     }
     for (int i = body + int(threadIdx.x); i < n; i += kThreads) {
-      T x[kSlots];
+      Elements<Rule, T, 1> x;
       ADAMFUSED_UNROLL
-      for (int k = 0; k < parts; ++k) x[k] = get_one<T>(entry.format[k], entry.data[k], start + i);
-      move_tile(rule, 1, x + kParam, x + kGrad, x + kState, x + kState + 1, x + kState + 2);
+      for (int k = 0; k < parts; ++k) *x.part(k) = get_one<T>(entry.format[k], entry.data[k], start + i);
+      x.move_by(rule);
       ADAMFUSED_UNROLL
       for (int k = 0; k < parts; ++k)
-        if (k != kGrad) put_one<T>(entry.format[k], x[k], entry.data[k], start + i);
+        if (k != kGrad) put_one<T>(entry.format[k], *x.part(k), entry.data[k], start + i);
+      if (entry.data[parts] != nullptr) put_one<T>(entry.format[parts], *x.p, entry.data[parts], start + i);
     }
   }
 }

@@ -1,0 +1,272 @@
+"""What all optimizers here share but the step: parameter groups, options and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backend, checks
+from .formats import FORMATS
+from .norm import check_norm, local
+
+
+class Plan(NamedTuple):
+    """How a parameter group moves: the rule's name, the names of its states in the rule's order, and the rule's
+    numbers in the order of its ``Hyper`` struct."""
+
+    rule: str
+    keys: tuple[str, ...]
+    hyper: list[float]
+
+
+StateDtype = torch.dtype | str | None
+
+
+def check_state_dtype(value: StateDtype, name: str = "state_dtype") -> None:
+    if not (value is None or value == "param" or value in FORMATS):
+        raise ValueError(
+            f"Invalid {name} value: {value!r}; expected None (at least float32), 'param' or one of "
+            + ", ".join(map(str, FORMATS))
+        )
+
+
+def state_dtype_for(param: Tensor, wish: StateDtype) -> torch.dtype:
+    """The dtype of a parameter's states."""
+    if wish is None:
+        return torch.promote_types(param.dtype, torch.float32)
+    if wish == "param":
+        return param.dtype
+    assert isinstance(wish, torch.dtype)
+    return wish.to_complex() if param.is_complex() else wish
+
+
+def as_number(x: float | Tensor) -> float:
+    return float(x.item()) if isinstance(x, Tensor) else float(x)
+
+
+def check_lr(lr: float | Tensor) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+
+
+EmaDecay = float | Callable[[float], float] | None
+EMA = "ema"
+"""The key of a state: the average of the weights."""
+
+
+def check_ema_decay(decay: float) -> float:
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"Invalid ema_decay value: {decay}; expected a number from 0 to 1")
+    return float(decay)
+
+
+class Options(NamedTuple):
+    """What is set for an optimizer as a whole. Groups and checkpoints do not have it."""
+
+    backend: str | None
+    max_grad_norm: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+    ema_decay: EmaDecay
+    ema_dtype: StateDtype
+    fused_unscale: bool
+
+    def check(self) -> None:
+        check_norm(self.max_grad_norm, self.norm_type)
+        if self.ema_decay is not None and not callable(self.ema_decay):
+            check_ema_decay(self.ema_decay)
+        check_state_dtype(self.ema_dtype, "ema_dtype")
+
+
+class BaseOptimizer(Optimizer):
+    """Groups, options and checkpoints."""
+
+    _group_defaults: ClassVar[dict[str, Any]] = {}
+    """For group keys that older checkpoints lack: the value that they stood for."""
+    _known_states: ClassVar[tuple[str, ...]] = ()
+    """Every state name that the optimizer may have, in any setting."""
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        options: Options,
+        copy_to: Any,
+        **extras: Any,
+    ) -> None:
+        """``extras`` are group keys that torch's optimizer
+        does not have, by name: (value, its default). One that has its default stays out of the groups, so that
+        checkpoints are those of torch."""
+        self._check_group(defaults)
+        options.check()
+        if defaults["differentiable"]:
+            raise ValueError(
+                f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
+                f"use torch.optim.{type(self).__name__} for that"
+            )
+        check_state_dtype(extras["state_dtype"][0])
+        backend.choose(options.backend)
+        backend.native()
+        self._options = options
+        self._copies: dict[Any, Tensor] = {}
+        super().__init__(
+            params, defaults | {k: v for k, (v, default) in extras.items() if v != default}
+        )
+        if copy_to is not None:
+            self._take_copies([p for _, _, p in self._each()], copy_to)
+
+    def _check_average(self, group: Mapping[str, Any]) -> None:
+        if callable(self._options.ema_decay) and group["capturable"]:
+            raise ValueError(
+                "ema_decay is a function, and capturable=True keeps the step count, which it is called with, on the "
+                "device; expected a number; use capturable=False for a function"
+            )
+
+    def _take_copies(self, params: Sequence[Any], copy_to: Any) -> None:
+        copies = list(copy_to)
+        if len(copies) != len(params):
+            raise ValueError(
+                f"copy_to has {len(copies)} tensors; expected as many as parameters, {len(params)}, in their order"
+            )
+        for i, (p, copy) in enumerate(zip(params, copies, strict=True)):
+            if problem := checks.copy_problem(local(p), local(copy)):
+                raise ValueError(f"copy_to[{i}]: {problem}")
+        self._copies.update(zip(params, copies, strict=True))
+
+    @staticmethod
+    def _check_group(group: Mapping[str, Any]) -> None:
+        """Raises ValueError, in torch.optim's words, if a number in a group is out of range."""
+        raise NotImplementedError
+
+    def _plan(self, group: dict[str, Any]) -> Plan:
+        raise NotImplementedError
+
+    # ---- groups and checkpoints --------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as in ``torch.optim``. With ``copy_to``, the group has an entry of that name.
+
+        Raises:
+            ValueError: also if a parameter stands twice in the group: it would be moved twice at once.
+        """
+        if isinstance(param_group, dict) and not isinstance(
+            param_group.get("params"), (Tensor, set, type(None))
+        ):
+            param_group["params"] = params = list(param_group["params"])
+            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+            first: dict[int, int] = {}
+            for i, t in enumerate(tensors):
+                if first.setdefault(id(t), i) != i:
+                    raise ValueError(
+                        f"{type(self).__name__}: parameter {i} of group {len(self.param_groups)} is parameter "
+                        f"{first[id(t)]} once more; expected each parameter once; remove one of them"
+                    )
+            check_state_dtype(param_group.get("state_dtype"))
+            self._check_group(self.defaults | param_group)
+            self._check_average(self.defaults | param_group)
+            if self._copies and "copy_to" not in param_group:
+                raise ValueError(
+                    "a group is added without copy_to, to an optimizer that has copies of its parameters; expected "
+                    "one tensor for each parameter; give the group a 'copy_to'"
+                )
+        copy_to = param_group.pop("copy_to", None) if isinstance(param_group, dict) else None
+        super().add_param_group(param_group)
+        if copy_to is not None:
+            try:
+                self._take_copies(self.param_groups[-1]["params"], copy_to)
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options, "_copies": self._copies}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        extras = {k: v for k, v in self.defaults.items() if k in ("state_dtype", "bias_correction")}
+        for group in self.param_groups:
+            for key, value in (self._group_defaults | extras).items():
+                group.setdefault(key, value)
+            for p in group["params"]:
+                entry = self.state.get(p)
+                if not entry:
+                    continue
+                saved = getattr(self, "_loading", {}).get(p, {})
+                for key, value in saved.items():  # torch has cast these to the parameter's dtype
+                    if isinstance(value, Tensor) and key != "step":
+                        entry[key] = value.to(device=p.device)
+                count = saved.get("step", entry["step"])
+                if not isinstance(count, Tensor):
+                    count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+                if "_loading" in self.__dict__:
+                    device = p.device if group["capturable"] else torch.device("cpu")
+                    dtype = torch.float32 if group["capturable"] else count.dtype
+                    count = count.to(device=device, dtype=dtype, copy=True)  # may be shared by all
+                entry["step"] = count
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of its ``torch.optim`` namesake. The states keep their dtypes.
+
+        Raises:
+            ValueError: if a state does not fit its parameter; the optimizer is then as it was.
+        """
+        # The last hook: those of the user have run.
+        handle = self.register_load_state_dict_pre_hook(lambda _, saved: self._check_loaded(saved))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Refuses what does not fit, and keeps the entries as they came for `__setstate__`."""
+        saved_groups = state_dict["param_groups"]
+        lengths = [len(g["params"]) for g in saved_groups]
+        if lengths != [len(g["params"]) for g in self.param_groups]:
+            return  # torch's own message follows
+        self._loading: dict[Tensor, dict[str, Any]] = {}
+        saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
+        optional = {"bias_correction", "state_dtype", *self._group_defaults}
+        for j, saved in enumerate(saved_groups):
+            lacking = [key for key in self.defaults if key not in saved and key not in optional]
+            if lacking:
+                raise ValueError(
+                    f"{type(self).__name__}: group {j} of the checkpoint lacks {', '.join(map(repr, lacking))}; "
+                    "expected all options of this optimizer; it was saved by another one, or is not whole"
+                )
+        groups = [self._group_defaults | self.defaults | dict(group) for group in saved_groups]
+        for group in groups:
+            self._check_group(group)
+            check_state_dtype(group.get("state_dtype"))
+        plans = [self._plan(group) for group in groups]
+        for (j, _, p), saved_id in zip(self._each(), saved_ids, strict=True):
+            entry = state_dict["state"].get(saved_id)
+            if entry:
+                if problem := checks.load_problem(p, entry, plans[j].keys, self._known_keys()):
+                    raise ValueError(f"{self._place(p)}: {problem}")
+                self._loading[p] = dict(entry)
+
+    def _each(self) -> Any:
+        for j, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                yield j, i, p
+
+    def _place(self, param: Any) -> str:
+        for j, i, p in self._each():
+            if p is param:
+                names = self.param_groups[j].get("param_names")
+                name = f" ('{names[i]}')" if names and i < len(names) else ""
+                return f"{type(self).__name__}: parameter {i} of group {j}{name}"
+        raise AssertionError("no parameter of this optimizer")
+
+    def _known_keys(self) -> tuple[str, ...]:
+        return (*self._known_states, *([EMA] if self._options.ema_decay is not None else []))

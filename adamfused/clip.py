@@ -1,0 +1,142 @@
+"""What multiplies the gradients: unscaling and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .base import BaseOptimizer
+from .norm import check_norm, coefficient, total_norm
+
+
+class Clipping(BaseOptimizer):
+    """Unscales and clips inside of the step. Gradients are not rewritten."""
+
+    grad_norm: Tensor | None = None
+    """The norm of all gradients at the last step, before clipping and unscaled: 0-dim, float32 (float64 if the first
+    parameter is), on the parameters' device. ``None`` before the first step and without ``max_grad_norm``."""
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm above which gradients are clipped; may be set at any time."""
+        return self._options.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        check_norm(value, self._options.norm_type)
+        self._options = self._options._replace(max_grad_norm=value)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` leaves unscaling to the step."""
+        return self._options.fused_unscale
+
+    def compute_grad_norm(self) -> Tensor:
+        """The norm of all gradients as they are now, of ``norm_type``: a 0-dim tensor as in :attr:`grad_norm`.
+
+        Of gradients that a ``GradScaler`` has not unscaled yet, it is that of the scaled ones. Sharded gradients
+        (DTensor) count whole; every rank has to call this.
+
+        Example:
+            >>> import torch, adamfused
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = adamfused.AdamW([weight])
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> optimizer.compute_grad_norm()
+            tensor(5.)
+        """
+        return self._norm(self.param_groups, self._native()).to(self._norm_dtype())
+
+    def _native(self) -> Any:
+        """The extension, unless the reference was asked for."""
+        choice = backend.choose(self._options.backend)
+        return backend.native() if choice != "reference" else None
+
+    def _norm(self, groups: Sequence[dict[str, Any]], native: Any) -> Tensor:
+        params = [p for group in groups for p in group["params"]]
+        return total_norm(params, self._options.norm_type, native, self._place)
+
+    def _norm_dtype(self) -> torch.dtype:
+        first = next((p for _, _, p in self._each()), None)
+        is_double = isinstance(first, Tensor) and first.dtype.to_real() == torch.float64
+        return torch.float64 if is_double else torch.float32
+
+    @torch.no_grad()
+    def _gradient_factor(
+        self, groups: Sequence[dict[str, Any]], native: Any, grad_norm: Tensor | None
+    ) -> Tensor | None:
+        """What gradients are multiplied by, float64 and 0-dim; None for 1."""
+        scale = getattr(self, "grad_scale", None)  # set by GradScaler
+        max_norm = self._options.max_grad_norm
+        if max_norm is None:
+            return None if scale is None else 1.0 / scale.double().reshape(())
+        if grad_norm is None:
+            total = self._norm(groups, native)
+        else:
+            total = torch.as_tensor(grad_norm).detach().double().reshape(())
+        if scale is None:
+            factor = coefficient(total, max_norm)
+        else:
+            unscale = 1.0 / scale.double().reshape(()).to(total.device)
+            total = total * unscale
+            factor = coefficient(total, max_norm) * unscale
+        self.grad_norm = total.to(self._norm_dtype())
+        if self._options.error_if_nonfinite and not bool(total.isfinite()):
+            found_inf = getattr(self, "found_inf", None)
+            if found_inf is None or not bool(found_inf):
+                raise RuntimeError(
+                    f"The total norm of order {self._options.norm_type} for gradients is non-finite "
+                    f"({float(total)}), so it cannot be clipped; look for the cause, or use error_if_nonfinite=False"
+                )
+        return factor
+
+    def _found_inf(self, groups: Sequence[dict[str, Any]]) -> Tensor | bool | None:
+        """Whether a GradScaler found an overflow: known here, or (capturable) only by a tensor on the device."""
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            return bool(found_inf) or None
+        on_device = found_inf.device.type != "cpu" and all(
+            group["capturable"] and all(p.device.type != "cpu" for p in group["params"])
+            for group in groups
+        )
+        return found_inf.float().reshape(()) if on_device else bool(found_inf) or None
+
+
+def grad_norm(optimizers: Iterable[Clipping]) -> Tensor:
+    """The norm of the gradients of all parameters of several optimizers: a 0-dim float64 tensor.
+
+    For several optimizers that clip by one norm: each takes it as ``step(grad_norm=...)``, and together they move as
+    one optimizer with all parameters would, bit for bit. Of gradients that a ``GradScaler`` has not unscaled yet, it is
+    that of the scaled ones, and so is what ``step`` takes. A parameter that several have counts once.
+
+    Raises:
+        ValueError: if there is no optimizer, or if they have different ``norm_type``.
+
+    Example:
+        >>> import torch, adamfused
+        >>> embedding, matrix = torch.nn.Embedding(3, 1), torch.nn.Linear(1, 1)
+        >>> optimizers = [
+        ...     adamfused.AdamW(embedding.parameters(), max_grad_norm=1.0),
+        ...     adamfused.RMSprop(matrix.parameters(), max_grad_norm=1.0),
+        ... ]
+        >>> matrix(embedding(torch.tensor([2]))).sum().backward()
+        >>> norm = adamfused.grad_norm(optimizers)
+        >>> for optimizer in optimizers:
+        ...     optimizer.step(grad_norm=norm)
+    """
+    every = list(optimizers)
+    kinds = {optimizer._options.norm_type for optimizer in every}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"grad_norm() got {len(every)} optimizers with norm_type {sorted(kinds)}; expected at least one, and the "
+            "same norm_type in all"
+        )
+    place_of = {id(p): optimizer._place for optimizer in every for _, _, p in optimizer._each()}
+    params = {id(p): p for optimizer in every for _, _, p in optimizer._each()}
+    return total_norm(
+        list(params.values()), kinds.pop(), every[0]._native(), lambda p: place_of[id(p)](p)
+    )
