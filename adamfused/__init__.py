@@ -5,11 +5,12 @@ import importlib
 from typing import Any
 
 from .adam import Adam, AdamW
+from .backward import step_in_backward
 from .clip import grad_norm
 from .rmsprop import RMSprop
 
 __version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "RMSprop", "grad_norm"]
+__all__ = ["Adam", "AdamW", "RMSprop", "grad_norm", "step_in_backward"]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,6 @@ class Averaging(BaseOptimizer):
         dtype = state_dtype_for(p, self._options.ema_dtype)
         return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).copy_(p)
 
-    @torch.no_grad()
     def _begin_averages(self, groups: Sequence[dict[str, Any]]) -> None:
         """Of parameters whose states come from where there was no average, it begins with the weights as they are."""
         if self._options.ema_decay is None or self._averages_begun:
@@ -41,7 +40,8 @@ class Averaging(BaseOptimizer):
             for p in group["params"]:
                 state = self.state.get(p)
                 if state and EMA not in state:
-                    state[EMA] = self._new_average(p)
+                    with torch.no_grad():
+                        state[EMA] = self._new_average(p)
         self._averages_begun = groups is self.param_groups
 
     @contextmanager

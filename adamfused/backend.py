@@ -101,6 +101,12 @@ def choose(argument: str | None) -> str:
     return choice
 
 
+def chosen(argument: str | None) -> tuple[str, ModuleType | None]:
+    """The choice in force and, unless that is the reference, the extension."""
+    choice = choose(argument)
+    return choice, native() if choice != "reference" else None
+
+
 def warn_once(reason: str) -> None:
     """Says, once per reason and process, that the slower path runs."""
     if reason not in _warned:

@@ -49,12 +49,9 @@ class Clipping(BaseOptimizer):
             >>> optimizer.compute_grad_norm()
             tensor(5.)
         """
-        return self._norm(self.param_groups, self._native()).to(self._norm_dtype())
-
-    def _native(self) -> Any:
-        """The extension, unless the reference was asked for."""
-        choice = backend.choose(self._options.backend)
-        return backend.native() if choice != "reference" else None
+        return self._norm(self.param_groups, backend.chosen(self._options.backend)[1]).to(
+            self._norm_dtype()
+        )
 
     def _norm(self, groups: Sequence[dict[str, Any]], native: Any) -> Tensor:
         params = [p for group in groups for p in group["params"]]
@@ -65,7 +62,6 @@ class Clipping(BaseOptimizer):
         is_double = isinstance(first, Tensor) and first.dtype.to_real() == torch.float64
         return torch.float64 if is_double else torch.float32
 
-    @torch.no_grad()
     def _gradient_factor(
         self, groups: Sequence[dict[str, Any]], native: Any, grad_norm: Tensor | None
     ) -> Tensor | None:
@@ -135,8 +131,7 @@ def grad_norm(optimizers: Iterable[Clipping]) -> Tensor:
             f"grad_norm() got {len(every)} optimizers with norm_type {sorted(kinds)}; expected at least one, and the "
             "same norm_type in all"
         )
+    _, native = backend.chosen(every[0]._options.backend)
     place_of = {id(p): optimizer._place for optimizer in every for _, _, p in optimizer._each()}
     params = {id(p): p for optimizer in every for _, _, p in optimizer._each()}
-    return total_norm(
-        list(params.values()), kinds.pop(), every[0]._native(), lambda p: place_of[id(p)](p)
-    )
+    return total_norm(list(params.values()), kinds.pop(), native, lambda p: place_of[id(p)](p))

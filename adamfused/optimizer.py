@@ -73,7 +73,7 @@ class FusedOptimizer(Averaging, Clipping):
                 f"{type(self).__name__}: step() inside of swap_ema(), which has put averaged weights in the place of "
                 "the trained ones; expected evaluation only; step after it"
             )
-        choice, native = backend.choose(self._options.backend), self._native()
+        choice, native = backend.chosen(self._options.backend)
         factor = self._gradient_factor(groups, native, grad_norm)
         found_inf = self._found_inf(groups)
         if found_inf is True:

@@ -449,7 +449,7 @@ def test_features_leave_steps_and_gradients_as_they_are(spec: str, features: lis
 def test_a_feature_that_cannot_be_had_is_not_supported() -> None:
     params = parameters(Case.parse("1e3"), torch.float16, CPU)
     with pytest.raises(Unsupported, match="FP16 gradients"):
-        prepare(Spec.parse(OURS), params, ["clip", "scaler"])
+        prepare(Spec.parse(TORCHS), params, ["clip", "scaler"])
 
 
 # ---- comparisons ---------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.reference
 
 MODULES = (
     "adam",
+    "average",
+    "backward",
+    "clip",
     "rmsprop",
     "spec",
     "info",

@@ -49,7 +49,8 @@ class Contender:
 
     Args:
         step: all that is timed: the optimizer's step and the features around it.
-        step_bytes: what a step has to move: parameters and states read and written, gradients read.
+        step_bytes: what a step has to move: parameters and states read and written, gradients read; once more where it
+            clips by their norm.
         state_bytes: what the optimizer keeps, without the parameters and gradients.
     """
 
@@ -115,7 +116,8 @@ def prepare(spec: Spec, params: Sequence[Tensor], features: Collection[str]) -> 
         for p in params:  # the others step them too
             p.detach().normal_()
         raise Unsupported(f"parameters are not finite after {WARM_UP} steps with gradients of 1e-3")
-    moved = sum(3 * _bytes(p) for p in params) + sum(
+    passes = 4 if FEATURES["clip"].argument in inside else 3
+    moved = sum(passes * _bytes(p) for p in params) + sum(
         2 * _bytes(state) for p, state in states if p is not None and state.numel() >= p.numel()
     )
     kept = {id(state): _bytes(state) for _, state in states}  # some are shared by all parameters

@@ -2,6 +2,10 @@
 // ADAMFUSED_VECTOR, the bytes of its widest vector, and includes this.
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include "cpu/isa.h"
 
 namespace adamfused {
@@ -52,14 +56,35 @@ void put(FormatId format, void* data, int64_t at, int n, const T* from) {
   }
 }
 
+// Bytes to memory past the caches, which need not read the lines first nor keep them. `to` is a multiple of 16.
+inline void stream(void* to, const void* from, size_t bytes) {
+  size_t i = 0;
+#ifdef __SSE2__
+  const __m128i* x = static_cast<const __m128i*>(from);
+  for (; i + 16 <= bytes; i += 16) _mm_stream_si128(static_cast<__m128i*>(to) + i / 16, _mm_load_si128(x + i / 16));
+#endif
+  __builtin_memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, bytes - i);
+}
+
+// Before other threads may read what was streamed.
+inline void end_of_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // The numbers of a part, written to a tensor of any format.
 template <class T>
-void copy_out(FormatId format, void* data, int64_t at, int n, const T* from) {
+void copy_out(FormatId format, void* data, int64_t at, int n, const T* from, bool past_caches) {
   switch (format) {
-#define ADAMFUSED_CASE(F, ...)                                \
-  case FormatId::F:                                           \
-    put_all<T, F>(from, n, static_cast<F::Rest*>(data) + at); \
-    return;
+#define ADAMFUSED_CASE(F, ...)                                                                        \
+  case FormatId::F: {                                                                                 \
+    F::Rest* to = static_cast<F::Rest*>(data) + at;                                                   \
+    if (!past_caches || reinterpret_cast<uintptr_t>(to) % 16 != 0) return put_all<T, F>(from, n, to); \
+    alignas(64) F::Rest rest[kTile];                                                                  \
+    put_all<T, F>(from, n, rest);                                                                     \
+    return stream(to, rest, size_t(n) * sizeof rest[0]);                                              \
+  }
     ADAMFUSED_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
   }
@@ -153,6 +178,7 @@ void move_lines(const Rule rule, const Parts<T, P, G, Rule::states> at, int n) {
 }
 
 constexpr int kAheadTensors = 4;
+constexpr int64_t kLarge = 4096;  // tiles: more than caches hold, so that what is not read again need not stay there
 
 template <class Rule, class T>
 void run(const Job& job, int64_t begin, int64_t end) {
@@ -161,6 +187,7 @@ void run(const Job& job, int64_t begin, int64_t end) {
   T* at[kSlots] = {};
   const Rule* rules = static_cast<const Rule*>(job.rules);
 
+  const bool large = job.first_tile[job.count] >= kLarge;
   int64_t low = 0, high = job.count;  // the span that holds tile `begin`: the last whose first tile is not past it
   while (high - low > 1) {
     int64_t middle = (low + high) / 2;
@@ -201,11 +228,12 @@ void run(const Job& job, int64_t begin, int64_t end) {
         for (int i = 0; i < kState; ++i) at[i] = get<T>(span.format[i], span.data[i], start, n, buffer[i]);
         move_as(AsIs<T>{}, AsIs<T>{}, at[kParam], at[kGrad]);
         put<T>(span.format[kParam], span.data[kParam], start, n, at[kParam]);
-        if (copy) copy_out<T>(span.format[parts], copy, start, n, at[kParam]);
+        if (copy) copy_out<T>(span.format[parts], copy, start, n, at[kParam], large);
       }
       for (int i = kState; i < parts; ++i) put<T>(span.format[i], span.data[i], start, n, at[i]);
     }
   }
+  if (large) end_of_stream();
 }
 
 #define ADAMFUSED_ROW(Rule, ...)                         \

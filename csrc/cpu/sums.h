@@ -1,10 +1,6 @@
 // Sums over chunks on a CPU; see csrc/sum.h. Included by each instruction set's file.
 #pragma once
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 #include "cpu/drive.h"
 
 namespace adamfused {
@@ -19,7 +15,7 @@ typedef float FloatHalf __attribute__((vector_size(ADAMFUSED_VECTOR / 2)));
 // g++ 12 has no single instruction of its own for this.
 inline Vector<double> widen(FloatHalf x) {
 #if defined(__AVX512F__)
-  return (Vector<double>)_mm512_cvtps_pd((__m256)x);
+  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
 #elif defined(__AVX2__)
   return (Vector<double>)_mm256_cvtps_pd((__m128)x);
 #else

@@ -30,6 +30,8 @@ namespace {
 // Each recipe reaches what another does not: both kinds of decay, maximize, averages told from their far end, eps = 0.
 constexpr int kRecipes = 5, kSteps = 3;
 constexpr double kLr[kRecipes] = {1e-3, 1e-2, 0.3, 1.0, 1e-4};
+constexpr double kFactor[kRecipes] = {1, 0x1p-16, 0.37, 1, 1e-3};
+constexpr double kEmaDecay[kRecipes] = {0.999, 0.9, 0.3, 0, 1};
 constexpr double kRMSprop[kRecipes][5] = {
     {0.99, 1e-8, 0, 0.9, 0}, {0.9, 1e-6, 0.01, 0, 1},     {0.3, 1e-8, 0, 0.3, 0},
     {0, 0, 0, 0.5, 0},       {0.999, 1e-8, 0.1, 0.99, 0},
@@ -47,7 +49,7 @@ std::vector<char> prepare(int step) {
   for (int i = 0; i < kRecipes; ++i) {
     typename Rule::Hyper hyper;
     memcpy(&hyper, recipe(hyper, i), sizeof hyper);
-    Rule rule = Rule::prepare(hyper, kLr[i], step);
+    Rule rule = Rule::prepare(hyper, {kLr[i], double(step), kFactor[i], kEmaDecay[i]});
     memcpy(&made[size_t(i) * sizeof rule], &rule, sizeof rule);
   }
   return made;
@@ -70,8 +72,12 @@ const struct RuleFacts {
   const char* name;
   int states;
   std::vector<char> (*prepare[2])(int step);
-} kRuleFacts[kRules] = {
-#define ROW(R, name) {name, host::R<float>::states, {prepare<host::R<float>>, prepare<host::R<double>>}},
+} kRuleFacts[kRules][2] = {
+#define ROW(R, name)                                                                    \
+  {{name, host::R<float>::states, {prepare<host::R<float>>, prepare<host::R<double>>}}, \
+   {name " averaged",                                                                   \
+    host::R<float>::states + 1,                                                         \
+    {prepare<host::Averaged<host::R, float>>, prepare<host::Averaged<host::R, double>>}}},
     ADAMFUSED_RULES(ROW)
 #undef ROW
 };
@@ -122,6 +128,7 @@ void draw(bool is_state, const FormatFacts& format, uint8_t* to) {
 // One tensor in the memory of an instruction set; it says where in that memory instead of at which address.
 struct Tensor {
   Span span;
+  int parts;  // the copy, if there is one, is the last
   size_t begin[kSlots], end[kSlots];
 };
 
@@ -130,22 +137,25 @@ using Memory = std::vector<Line>;
 uint8_t* at(Memory& memory, size_t place) { return memory[0].data() + place; }
 
 struct Batch {
-  int rule, parts;
-  bool in_double;
+  int rule, copy;  // the place of the copy
+  bool averaged, in_double;
   std::vector<Tensor> tensors;
   std::vector<int64_t> first_tile{0};
   size_t size = 0;
 
-  Batch(int rule, FormatId p, FormatId g, FormatId state)
-      : rule(rule), parts(kState + kRuleFacts[rule].states), in_double(p == FormatId::F64) {
+  Batch(int rule, bool averaged, FormatId p, FormatId g, FormatId state)
+      : rule(rule),
+        copy(kState + kRuleFacts[rule][averaged].states),
+        averaged(averaged),
+        in_double(p == FormatId::F64) {
     for (int n = 0; n <= 70; ++n) add(n, p, g, state);
     for (int n : {1023, 1024, 1025, 2049, 5000}) add(n, p, g, state);
     size += 64;
   }
   void add(int64_t n, FormatId p, FormatId g, FormatId state) {
     Tensor t{};
-    t.span.numel = n, t.span.recipe = random_below(kRecipes);
-    for (int k = 0; k < parts; ++k) {
+    t.span.numel = n, t.span.recipe = random_below(kRecipes), t.parts = copy + random_below(2);
+    for (int k = 0; k < t.parts; ++k) {
       FormatId format = k == kParam ? p : k == kGrad ? g : random_below(4) ? state : FormatId(random_below(kFormats));
       int width = int(kFormatFacts[int(format)].size), shift = random_below(4) ? random_below(64 / width) * width : 0;
       t.span.format[k] = format;
@@ -157,7 +167,7 @@ struct Batch {
   }
   void fill(Memory& memory, int from, int to) const {
     for (const Tensor& t : tensors)
-      for (int k = from; k < to; ++k) {
+      for (int k = from; k < std::min(to, t.parts); ++k) {
         const FormatFacts& format = kFormatFacts[int(t.span.format[k])];
         for (size_t i = t.begin[k]; i < t.end[k]; i += format.size) draw(k >= kState, format, at(memory, i));
       }
@@ -166,14 +176,26 @@ struct Batch {
     std::vector<Span> spans;
     for (const Tensor& t : tensors) {
       spans.push_back(t.span);
-      for (int k = 0; k < parts; ++k) spans.back().data[k] = at(memory, t.begin[k]);
+      for (int k = 0; k <= copy; ++k) spans.back().data[k] = k < t.parts ? at(memory, t.begin[k]) : nullptr;
     }
-    std::vector<char> rules = kRuleFacts[rule].prepare[in_double](step);
+    std::vector<char> rules = kRuleFacts[rule][averaged].prepare[in_double](step);
     Job job{};
     job.rule = RuleId(rule), job.in_double = in_double, job.rules = rules.data();
     job.spans = spans.data(), job.count = int64_t(spans.size()), job.first_tile = first_tile.data();
-    isa.table[rule][in_double](job, 0, cut);  // in two calls, as two threads would
-    isa.table[rule][in_double](job, cut, first_tile.back());
+    isa.table[rule][averaged][in_double](job, 0, cut);  // in two calls, as two threads would
+    isa.table[rule][averaged][in_double](job, cut, first_tile.back());
+  }
+  std::vector<double> sums(const Isa& isa, Memory& memory, SumOf what) const {
+    std::vector<Addends> gradients;
+    std::vector<int64_t> first_chunk{0};
+    for (const Tensor& t : tensors) {
+      gradients.push_back({at(memory, t.begin[kGrad]), t.span.format[kGrad], t.span.numel});
+      first_chunk.push_back(first_chunk.back() + chunks_of(t.span.numel));
+    }
+    std::vector<double> sums(size_t(first_chunk.back()));
+    isa.sum({what, gradients.data(), int64_t(gradients.size()), first_chunk.data(), sums.data()}, 0,
+            first_chunk.back());
+    return sums;
   }
 };
 
@@ -187,7 +209,7 @@ struct Tally {
   void compare(const Batch& batch, int step, Memory& before, Memory& expected) {
     size_t place = 0;
     for (const Tensor& t : batch.tensors)
-      for (int k = 0; k < batch.parts; ++k) {
+      for (int k = 0; k < t.parts; ++k) {
         if (k == kGrad) continue;
         const FormatFacts& format = kFormatFacts[int(t.span.format[k])];
         if (memcmp(at(before, place), at(memory, place), t.begin[k] - place) != 0)
@@ -199,13 +221,23 @@ struct Tally {
         }
       }
     if (memcmp(at(before, place), at(memory, place), batch.size - place) != 0)
-      report(batch, batch.tensors.back(), batch.parts - 1, step, "wrote outside, after");
+      report(batch, batch.tensors.back(), batch.copy, step, "wrote outside, after");
+  }
+  void compare_sums(const Batch& batch, int step, Memory& expected) {
+    for (SumOf what : {SumOf::Squares, SumOf::Largest}) {
+      const std::vector<double> got = batch.sums(*isa, memory, what), want = batch.sums(kIsaTable[0], expected, what);
+      for (size_t i = 0; i < got.size(); ++i, ++compared) {
+        const uint64_t a = bits<host::F64>(&got[i]), b = bits<host::F64>(&want[i]);
+        if (a != b) report(batch, batch.tensors.back(), kGrad, step, "sums differ at", i, a, b);
+        digest = (digest ^ a) * 0x100000001b3u + 1;
+      }
+    }
   }
   void report(const Batch& batch, const Tensor& t, int part, int step, const char* what, size_t i = 0,
               unsigned long long got = 0, unsigned long long want = 0) {
     if (++different > 10) return;
-    printf("%s: %s, step %d, recipe %d,", isa->name, kRuleFacts[batch.rule].name, step, t.span.recipe);
-    for (int k = 0; k < batch.parts; ++k) printf(" %s", kFormatFacts[int(t.span.format[k])].name);
+    printf("%s: %s, step %d, recipe %d,", isa->name, kRuleFacts[batch.rule][batch.averaged].name, step, t.span.recipe);
+    for (int k = 0; k < t.parts; ++k) printf(" %s", kFormatFacts[int(t.span.format[k])].name);
     printf(", %lld numbers, part %d: %s", (long long)t.span.numel, part, what);
     got != want ? printf(" [%zu] %llx, not %llx\n", i, got, want) : printf("\n");
   }
@@ -214,7 +246,7 @@ struct Tally {
 void compare_batch(const Batch& batch, bool flip, std::vector<Tally>& tallies) {
   Memory start(batch.size / sizeof(Line) + 1);
   memset(at(start, 0), 0xa5, batch.size);
-  batch.fill(start, kParam, batch.parts);
+  batch.fill(start, kParam, kSlots);
   for (Tally& tally : tallies) {
     tally.memory = start;
     if (flip && &tally != &tallies[0]) *at(tally.memory, batch.tensors.back().begin[kParam]) ^= 1;
@@ -227,6 +259,7 @@ void compare_batch(const Batch& batch, bool flip, std::vector<Tally>& tallies) {
         memcpy(at(tally.memory, t.begin[kGrad]), at(start, t.begin[kGrad]), t.end[kGrad] - t.begin[kGrad]);
       batch.run(*tally.isa, tally.memory, step, cut);
       tally.compare(batch, step, start, tallies[0].memory);
+      tally.compare_sums(batch, step, tallies[0].memory);
     }
   }
 }
@@ -243,12 +276,13 @@ int compare_all(int argc, char** argv) {
   std::vector<Tally> tallies;
   for (const Isa& isa : kIsaTable)
     if (isa.runs_here()) tallies.push_back({&isa, {}});
-  for (int rule = 0; rule < kRules; ++rule)
+  for (int rule = 0; rule < 2 * kRules; ++rule)
     for (int f = 0; f < kFormats * kFormats * kFormats; ++f) {
       if (number++ % std::max(every, 1) != 0) continue;
       seed = uint64_t(number);
       const FormatId p(FormatId(f % kFormats)), g(FormatId(f / kFormats % kFormats));
-      compare_batch(Batch(rule, p, g, FormatId(f / kFormats / kFormats)), flip && number == 1, tallies);
+      compare_batch(Batch(rule / 2, rule % 2 != 0, p, g, FormatId(f / kFormats / kFormats)), flip && number == 1,
+                    tallies);
     }
   for (Tally& t : tallies) {
     printf("%s: %lld comparisons, %lld differences, digest %016llx\n", t.isa->name, t.compared, t.different, t.digest);
