@@ -25,7 +25,9 @@ NORM_TYPES = (2.0, float("inf"))
 
 
 def check_norm(max_grad_norm: float | None, norm_type: float) -> None:
-    if not (max_grad_norm is None or max_grad_norm > 0):
+    if not (
+        max_grad_norm is None or (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0)
+    ):
         raise ValueError(
             f"Invalid max_grad_norm value: {max_grad_norm}; expected None (no clipping) or a number above 0"
         )

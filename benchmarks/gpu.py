@@ -37,9 +37,12 @@ def part(
     case: Case,
     dtype: torch.dtype,
     budget: float,
+    features: Sequence[str] = (),
 ) -> Part:
     """A line for each other optimizer, or for the copy if there is none."""
-    report = bench([ours, *others], [case], device="cuda", dtype=dtype, seconds=budget)
+    report = bench(
+        [ours, *others], [case], device="cuda", dtype=dtype, features=features, seconds=budget
+    )
     for row in report.rows:
         if row.problem:
             print(f"SKIP  {title}, {row.optimizer}: {row.problem}", flush=True)
@@ -48,7 +51,7 @@ def part(
     if not first.problem:
         if case.numel == 10**9:
             lines.append(of_copy(f"AdamW, {title}", first, SHARE))
-        target = 3 if len(case.shapes) == 1000 else FASTER
+        target = 3 if len(case.shapes) == 1000 else 2 if len(features) == 3 else FASTER
         lines += [times(f"AdamW, {title}", row, target) for row in rest if not row.problem]
     return name, lines, report
 
@@ -56,11 +59,20 @@ def part(
 def parts(budget: float) -> Iterator[Part]:
     """Every part that the memory of this GPU has room for."""
     giga, apex = Case.parse("1e9"), [APEX] if optional("apex") else []
-    listed: list[tuple[str, str, str, list[str], Case, torch.dtype]] = [
-        ("large_float32", "1G float32", NATIVE, [TORCH_ADAMW], giga, FLOAT32),
+    around = ["clip", "ema", "scaler"]
+    listed: list[tuple[str, str, str, list[str], Case, torch.dtype, list[str]]] = [
+        ("large_float32", "1G float32", NATIVE, [TORCH_ADAMW], giga, FLOAT32, []),
         # No ratio to torch: it keeps 16-bit moments and moves fewer bytes.
-        ("large_bfloat16", "1G bfloat16", NATIVE, [], giga, BFLOAT16),
-        ("small_16", "1,000 tensors of 16", NATIVE, [TORCH_ADAMW], Case.parse("1000x16"), FLOAT32),
+        ("large_bfloat16", "1G bfloat16", NATIVE, [], giga, BFLOAT16, []),
+        (
+            "small_16",
+            "1,000 tensors of 16",
+            NATIVE,
+            [TORCH_ADAMW],
+            Case.parse("1000x16"),
+            FLOAT32,
+            [],
+        ),
         (
             "small_1024",
             "1,000 tensors of 1,024",
@@ -68,13 +80,15 @@ def parts(budget: float) -> Iterator[Part]:
             [TORCH_ADAMW],
             Case.parse("1000x1024"),
             FLOAT32,
+            [],
         ),
-        ("gpt2_xl", "GPT-2 XL, float32", NATIVE_AS_TORCH, [TORCH_ADAMW, *apex], XL, FLOAT32),
-        ("llama_8b", "Llama 8B, bfloat16", NATIVE_AS_TORCH, [TORCH_ADAMW], LLAMA, BFLOAT16),
+        ("gpt2_xl", "GPT-2 XL, float32", NATIVE_AS_TORCH, [TORCH_ADAMW, *apex], XL, FLOAT32, []),
+        ("whole_step", "clip, EMA and scaler", NATIVE, [TORCH_ADAMW], XL, FLOAT32, around),
+        ("llama_8b", "Llama 8B, bfloat16", NATIVE_AS_TORCH, [TORCH_ADAMW], LLAMA, BFLOAT16, []),
     ]
-    for name, title, ours, others, case, dtype in listed:
+    for name, title, ours, others, case, dtype, features in listed:
         try:
-            yield part(name, title, ours, others, case, dtype, budget)
+            yield part(name, title, ours, others, case, dtype, budget, features)
         except torch.cuda.OutOfMemoryError as error:
             print(f"SKIP  {name}: {str(error).splitlines()[0]}", flush=True)
         gc.collect()
