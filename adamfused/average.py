@@ -32,17 +32,20 @@ class Averaging(BaseOptimizer):
         dtype = state_dtype_for(p, self._options.ema_dtype)
         return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).copy_(p)
 
-    def _begin_averages(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Of parameters whose states come from where there was no average, it begins with the weights as they are."""
+    def _begin_averages(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of parameters whose states come from where there was no average, it begins with the weights as they are.
+        Returns their states."""
+        begun: list[dict[str, Any]] = []
         if self._options.ema_decay is None or self._averages_begun:
-            return
+            return begun
         for group in groups:
             for p in group["params"]:
                 state = self.state.get(p)
                 if state and EMA not in state:
                     with torch.no_grad():
                         state[EMA] = self._new_average(p)
-        self._averages_begun = groups is self.param_groups
+                    begun.append(state)
+        return begun
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,9 +61,13 @@ EMA = "ema"
 """The key of a state: the average of the weights."""
 
 
-def check_ema_decay(decay: float) -> float:
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"Invalid ema_decay value: {decay}; expected a number from 0 to 1")
+def check_ema_decay(decay: Any) -> float:
+    try:
+        valid = 0.0 <= decay <= 1.0
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"Invalid ema_decay value: {decay!r}; expected a number from 0 to 1")
     return float(decay)
 
 
@@ -78,11 +82,17 @@ class Options(NamedTuple):
     ema_dtype: StateDtype
     fused_unscale: bool
 
-    def check(self) -> None:
+    def checked(self) -> Options:
+        """The same with plain numbers. Raises ValueError if one is out of range."""
         check_norm(self.max_grad_norm, self.norm_type)
-        if self.ema_decay is not None and not callable(self.ema_decay):
-            check_ema_decay(self.ema_decay)
+        if self.error_if_nonfinite and self.max_grad_norm is None:
+            raise ValueError(
+                "error_if_nonfinite=True without max_grad_norm; expected both; max_grad_norm=float('inf') clips nothing"
+            )
         check_state_dtype(self.ema_dtype, "ema_dtype")
+        if self.ema_decay is None or callable(self.ema_decay):
+            return self
+        return self._replace(ema_decay=check_ema_decay(self.ema_decay))
 
 
 class BaseOptimizer(Optimizer):
@@ -102,11 +112,10 @@ class BaseOptimizer(Optimizer):
         copy_to: Any,
         **extras: Any,
     ) -> None:
-        """``extras`` are group keys that torch's optimizer
-        does not have, by name: (value, its default). One that has its default stays out of the groups, so that
-        checkpoints are those of torch."""
+        """``extras`` are group keys that torch's optimizer does not have, by name: (value, its default). One that has
+        its default stays out of the groups, so that checkpoints are those of torch."""
         self._check_group(defaults)
-        options.check()
+        self._options = options.checked()
         if defaults["differentiable"]:
             raise ValueError(
                 f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
@@ -115,8 +124,10 @@ class BaseOptimizer(Optimizer):
         check_state_dtype(extras["state_dtype"][0])
         backend.choose(options.backend)
         backend.native()
-        self._options = options
         self._copies: dict[Any, Tensor] = {}
+        self._results: dict[
+            str, Any
+        ] = {}  # of the last step; torch.compile keeps what is set in a dict
         super().__init__(
             params, defaults | {k: v for k, (v, default) in extras.items() if v != default}
         )
@@ -131,6 +142,10 @@ class BaseOptimizer(Optimizer):
             )
 
     def _take_copies(self, params: Sequence[Any], copy_to: Any) -> None:
+        if not isinstance(copy_to, Iterable):
+            raise ValueError(
+                f"copy_to is a {type(copy_to).__name__}; expected a tensor for each parameter"
+            )
         copies = list(copy_to)
         if len(copies) != len(params):
             raise ValueError(
@@ -139,6 +154,14 @@ class BaseOptimizer(Optimizer):
         for i, (p, copy) in enumerate(zip(params, copies, strict=True)):
             if problem := checks.copy_problem(local(p), local(copy)):
                 raise ValueError(f"copy_to[{i}]: {problem}")
+        places = {f"copy_to[{i}]": local(copy) for i, copy in enumerate(copies)}
+        others: dict[str, Tensor] = {}
+        for j, i, p in self._each():
+            others[f"parameter {i} of group {j}"] = local(p)
+            if p in self._copies:
+                others[f"the copy of parameter {i} of group {j}"] = local(self._copies[p])
+        if problem := checks.shared_memory(places, others):
+            raise ValueError(problem)
         self._copies.update(zip(params, copies, strict=True))
 
     @staticmethod
@@ -172,12 +195,17 @@ class BaseOptimizer(Optimizer):
             check_state_dtype(param_group.get("state_dtype"))
             self._check_group(self.defaults | param_group)
             self._check_average(self.defaults | param_group)
-            if self._copies and "copy_to" not in param_group:
+        copy_to = None
+        if isinstance(param_group, dict):
+            has_some = next(self._each(), None) is not None
+            copy_to = param_group.get("copy_to")
+            if has_some and bool(self._copies) != (copy_to is not None):
                 raise ValueError(
-                    "a group is added without copy_to, to an optimizer that has copies of its parameters; expected "
-                    "one tensor for each parameter; give the group a 'copy_to'"
+                    f"a group is added {'without' if copy_to is None else 'with'} copy_to, to an optimizer that has "
+                    f"{'copies' if self._copies else 'no copies'} of its other parameters; expected a copy of each "
+                    "parameter or of none"
                 )
-        copy_to = param_group.pop("copy_to", None) if isinstance(param_group, dict) else None
+            param_group = {key: value for key, value in param_group.items() if key != "copy_to"}
         super().add_param_group(param_group)
         if copy_to is not None:
             try:
@@ -191,6 +219,7 @@ class BaseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._results = {}
         extras = {k: v for k, v in self.defaults.items() if k in ("state_dtype", "bias_correction")}
         for group in self.param_groups:
             for key, value in (self._group_defaults | extras).items():

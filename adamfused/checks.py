@@ -150,6 +150,27 @@ def copy_problem(param: Tensor, copy: Any) -> str | None:
     return None
 
 
+def shared_memory(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str | None:
+    """Which of ``some`` tensors lies in the memory of another one, of these or of ``others``, if any does."""
+
+    def end(t: Tensor) -> int:
+        last = sum(st * (si - 1) for st, si in zip(t.stride(), t.shape, strict=True))
+        return t.data_ptr() + (last + 1) * t.element_size()
+
+    named = [(name, t) for name, t in {**others, **some}.items() if t.numel() > 0]
+    named.sort(key=lambda item: item[1].data_ptr())
+    for i, (name, t) in enumerate(named):
+        for other, u in named[i + 1 :]:
+            if u.data_ptr() >= end(t):
+                break
+            if t.device == u.device and (name in some or other in some) and _same_memory(t, u):
+                first, second = (other, name) if other in some else (name, other)
+                return (
+                    f"{first}: it lies in the same memory as {second}; expected its own; clone() it"
+                )
+    return None
+
+
 def step_problem(
     param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Sequence[str]
 ) -> str | None:
@@ -210,6 +231,11 @@ def load_problem(
             "with other options"
         )
     unknown = [key for key in state if key not in known and key != "step"]
+    if unknown == ["ema"]:
+        return (
+            "the checkpoint has 'ema', an average of the weights, and this optimizer keeps none; make it with "
+            "ema_decay to go on with it, or drop 'ema' from the states"
+        )
     if unknown:
         return f"the checkpoint has {_names(unknown)}, which this optimizer does not know; expected {_names(known)}"
     for key in known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from .norm import check_norm, coefficient, total_norm
 class Clipping(BaseOptimizer):
     """Unscales and clips inside of the step. Gradients are not rewritten."""
 
-    grad_norm: Tensor | None = None
-    """The norm of all gradients at the last step, before clipping and unscaled: 0-dim, float32 (float64 if the first
-    parameter is), on the parameters' device. ``None`` before the first step and without ``max_grad_norm``."""
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, before clipping and unscaled: 0-dim, float32 (float64 if the
+        first parameter is), on the parameters' device. ``None`` before the first step and without
+        ``max_grad_norm``."""
+        return self._results.get("grad_norm")
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -59,7 +62,7 @@ class Clipping(BaseOptimizer):
 
     def _norm_dtype(self) -> torch.dtype:
         first = next((p for _, _, p in self._each()), None)
-        is_double = isinstance(first, Tensor) and first.dtype.to_real() == torch.float64
+        is_double = isinstance(first, Tensor) and first.dtype in (torch.float64, torch.complex128)
         return torch.float64 if is_double else torch.float32
 
     def _gradient_factor(
@@ -73,14 +76,14 @@ class Clipping(BaseOptimizer):
         if grad_norm is None:
             total = self._norm(groups, native)
         else:
-            total = torch.as_tensor(grad_norm).detach().double().reshape(())
+            total = check_given(grad_norm)
         if scale is None:
             factor = coefficient(total, max_norm)
         else:
             unscale = 1.0 / scale.double().reshape(()).to(total.device)
             total = total * unscale
             factor = coefficient(total, max_norm) * unscale
-        self.grad_norm = total.to(self._norm_dtype())
+        self._results["grad_norm"] = total.to(self._norm_dtype())
         if self._options.error_if_nonfinite and not bool(total.isfinite()):
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None or not bool(found_inf):
@@ -90,16 +93,27 @@ class Clipping(BaseOptimizer):
                 )
         return factor
 
-    def _found_inf(self, groups: Sequence[dict[str, Any]]) -> Tensor | bool | None:
+    def _found_inf(self, groups: Sequence[dict[str, Any]]) -> Tensor | Literal[True] | None:
         """Whether a GradScaler found an overflow: known here, or (capturable) only by a tensor on the device."""
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):
-            return bool(found_inf) or None
+            return True if found_inf else None
         on_device = found_inf.device.type != "cpu" and all(
             group["capturable"] and all(p.device.type != "cpu" for p in group["params"])
             for group in groups
         )
-        return found_inf.float().reshape(()) if on_device else bool(found_inf) or None
+        return found_inf.float().reshape(()) if on_device else (True if found_inf else None)
+
+
+def check_given(grad_norm: Any) -> Tensor:
+    """The norm that was given to a step, float64 and 0-dim; that of a DTensor is the norm of the whole."""
+    whole = getattr(grad_norm, "full_tensor", None)
+    total = torch.as_tensor(whole() if whole is not None else grad_norm).detach()
+    if total.numel() != 1:
+        raise ValueError(
+            f"grad_norm has shape {tuple(total.shape)}; expected one number, as from adamfused.grad_norm"
+        )
+    return total.double().reshape(())
 
 
 def grad_norm(optimizers: Iterable[Clipping]) -> Tensor:

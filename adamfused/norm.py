@@ -73,9 +73,9 @@ def _in_order(p: Tensor, g: Tensor) -> Tensor:
 
 def _sums_of_chunks(x: Tensor, of: Callable[[Tensor], Tensor], largest: bool) -> Tensor:
     chunks = -(-x.numel() // CHUNK)
-    rows = torch.nn.functional.pad(x, (0, chunks * CHUNK - x.numel())).view(
-        chunks, CHUNK // LANES, LANES
-    )
+    height = CHUNK // LANES if chunks > 1 else -(-x.numel() // LANES)
+    rows = torch.nn.functional.pad(x, (0, chunks * height * LANES - x.numel()))
+    rows = rows.view(chunks, height, LANES)
 
     def join(a: Tensor, b: Tensor) -> Tensor:
         return larger(a, b) if largest else a + b
@@ -134,6 +134,21 @@ def _sums(
     return sums + [reference_sum(ps, gs, largest) for ps, gs in by_device.values()]
 
 
+def _joined(parts: Sequence[Tensor], largest: bool) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        part = part.to(total.device)
+        total = larger(total, part) if largest else total + part
+    return total
+
+
+def _root_of(sums: Sequence[Tensor], largest: bool) -> Tensor:
+    if not sums:
+        return torch.zeros((), dtype=torch.float64)
+    total = _joined(sums, largest)
+    return total if largest else root(total)
+
+
 @torch.no_grad()
 def total_norm(
     params: Sequence[Any],
@@ -150,13 +165,12 @@ def total_norm(
         RuntimeError: if a gradient cannot be read, with ``place`` of its parameter.
     """
     largest = norm_type == float("inf")
-    sums: list[Tensor] = []
-    left: Sequence[Any] = params
     if native is not None:
-        sums, places = native.gradient_sums(params, None, largest)
-        left = [params[i] for i in places]
+        sums, left = native.gradient_sums(params, None, largest)
+        if not left:
+            return _root_of(sums, largest)
     of_shards: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for p in left:
+    for p in params:
         if not isinstance(p, Tensor) or p.grad is None:
             continue  # what is no tensor is refused by the step
         here, grad = local(p), local_gradient(p)
@@ -168,24 +182,14 @@ def total_norm(
         ps, gs = of_shards.setdefault(_shards(p), ([], []))
         ps.append(here)
         gs.append(grad)
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        total = parts[0]
-        for part in parts[1:]:
-            part = part.to(total.device)
-            total = larger(total, part) if largest else total + part
-        return total
-
+    sums = []
     for shards, (ps, gs) in of_shards.items():
         parts = _sums(ps, gs, largest, native)
         if shards is not None:
-            parts = [joined(parts)]
+            parts = [_joined(parts, largest)]
             mesh, dims = shards
             reduce = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
             for dim in dims:
                 torch.distributed.all_reduce(parts[0], reduce, mesh.get_group(dim))
         sums += parts
-    if not sums:
-        return torch.zeros((), dtype=torch.float64)
-    total = joined(sums)
-    return total if largest else root(total)
+    return _root_of(sums, largest)

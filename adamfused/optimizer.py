@@ -59,7 +59,15 @@ class FusedOptimizer(Averaging, Clipping):
         if torch.compiler.is_compiling() and self._is_traceable():
             self._traced_step(grad_norm)
         else:
-            self._eager_step(self.param_groups, grad_norm)
+            try:
+                self._eager_step(self.param_groups, grad_norm)
+            except (
+                BaseException
+            ):  # a GradScaler takes back what it has set only if the step is made
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
+                raise
+            self._averages_begun = True
         return loss
 
     @torch._disable_dynamo
@@ -78,8 +86,24 @@ class FusedOptimizer(Averaging, Clipping):
         found_inf = self._found_inf(groups)
         if found_inf is True:
             return
-        self._begin_averages(groups)
+        begun = self._begin_averages(groups)
+        try:
+            self._move(groups, choice, native, factor, found_inf)
+        except BaseException:
+            for state in begun:
+                state.pop(EMA)
+            raise
+
+    def _move(
+        self,
+        groups: Sequence[dict[str, Any]],
+        choice: str,
+        native: Any,
+        factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         plans = [self._full_plan(group) for group in groups]
+        decays: dict[float, float] = {}  # by step count, where the reference asks
 
         def init(j: int, i: int) -> None:
             p = groups[j]["params"][i]
@@ -95,9 +119,9 @@ class FusedOptimizer(Averaging, Clipping):
             ]
             left = native.step(self.state, rows, init, judge, factor, found_inf)
         else:
-            left = self._ready_for_reference(groups, plans, init)
-        if left and not (isinstance(found_inf, Tensor) and bool(found_inf)):
-            self._reference_step(groups, plans, left, factor)
+            left = self._ready_for_reference(groups, plans, init, decays)
+        if left and not (found_inf is not None and bool(found_inf)):
+            self._reference_step(groups, plans, left, factor, decays)
 
     @torch.no_grad()
     def _reference_step(
@@ -106,6 +130,7 @@ class FusedOptimizer(Averaging, Clipping):
         plans: Sequence[Plan],
         places: Sequence[tuple[int, int]],
         factor: Tensor | None,
+        decays: dict[float, float],
     ) -> None:
         scale = 1.0 if factor is None else float(factor)
         for j, i in places:
@@ -114,7 +139,9 @@ class FusedOptimizer(Averaging, Clipping):
             copy = states.pop() if self._copies else None
             after = count + 1
             t = float(after)
-            now = Now(as_number(groups[j]["lr"]), t, scale, self._ema_decay_at(t))
+            if t not in decays:
+                decays[t] = self._ema_decay_at(t)
+            now = Now(as_number(groups[j]["lr"]), t, scale, decays[t])
             reference.step(plans[j].rule, plans[j].hyper, now, p, g, states, copy)
             count.copy_(after)
 
@@ -123,6 +150,7 @@ class FusedOptimizer(Averaging, Clipping):
         groups: Sequence[dict[str, Any]],
         plans: Sequence[Plan],
         init: Callable[[int, int], None],
+        decays: dict[float, float],
     ) -> list[tuple[int, int]]:
         """Makes states and checks everything, as the native step does. Returns the places of what is to move."""
         places = [
@@ -139,7 +167,9 @@ class FusedOptimizer(Averaging, Clipping):
                     before[p] = dict.get(self.state, p)
                     init(j, i)
                 self._check(p, plans[j].keys)
-                self._ema_decay_at(float(self.state[p]["step"]) + 1)
+                t = float(self.state[p]["step"] + 1)
+                if t not in decays:
+                    decays[t] = self._ema_decay_at(t)
         except BaseException:
             for p, entry in before.items():
                 self.state.pop(p, None)
@@ -155,6 +185,7 @@ class FusedOptimizer(Averaging, Clipping):
             and not callable(self._options.ema_decay)
             and not self._options.error_if_nonfinite
             and getattr(self, "found_inf", None) is None
+            and not self._swapped
         )
 
     @torch.no_grad()
@@ -173,9 +204,8 @@ class FusedOptimizer(Averaging, Clipping):
                 largest = self._options.norm_type == float("inf")
                 all_params = [p for _, _, params, *_ in gathered for p in params]
                 all_grads = [g for _, _, _, grads, *_ in gathered for g in grads]
-                total = torch.ops.adamfused.gradient_sum(all_params, all_grads, largest)
-                total = total if largest else total.sqrt()
-            self.grad_norm = total.to(self._norm_dtype())
+                total = torch.ops.adamfused.gradient_norm(all_params, all_grads, largest)
+            self._results["grad_norm"] = total.to(self._norm_dtype())
             factor = coefficient(total.double(), max_norm)
         for group, plan, params, grads, states, counts in gathered:
             lr = group["lr"]
@@ -209,6 +239,8 @@ class FusedOptimizer(Averaging, Clipping):
                 continue
             if len(self.state[p]) == 0:
                 self.state[p] = self._new_state(p, group, plan.keys)
+            if EMA in plan.keys and EMA not in self.state[p]:
+                self.state[p][EMA] = self._new_average(p)
             params.append(p)
             grads.append(p.grad)
             states.extend(self.state[p][key] for key in plan.keys)
@@ -270,9 +302,9 @@ class FusedOptimizer(Averaging, Clipping):
         state = {} if only_tensors else self.state[p]
         state = {key: local(value) for key, value in state.items()}
         if only_tensors:
-            problem = checks.tensors_problem(local(p), local(p.grad))
+            problem = checks.tensors_problem(local(p), local_gradient(p))
         else:
-            problem = checks.step_problem(local(p), local(p.grad), state, keys)
+            problem = checks.step_problem(local(p), local_gradient(p), state, keys)
         if problem is None and self._copies:
             problem = checks.copy_problem(local(p), local(self._copies[p]))
             problem = problem and f"its copy_to: {problem}"

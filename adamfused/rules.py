@@ -233,16 +233,17 @@ class AmsGrad(Adam):
 
 class Averaged:
     """A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
-    format. Its first value is the first new weight, as in ``torch.optim.swa_utils.AveragedModel``."""
+    format. Its first value is the first new weight, as in ``torch.optim.swa_utils.AveragedModel``, be that infinite."""
 
     def __init__(self, rule: str, hyper: Sequence[float], now: Now, r: Round) -> None:
         self.rule = RULES[rule](hyper, now, r)
-        self.ema = weight(0.0 if now.t == 1 else now.ema_decay, r)
+        self.ema = weight(now.ema_decay, r)
+        self.first = now.t == 1
 
     def __call__(self, p: Tensor, g: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         *states_before, e = states
         p, *states_after = self.rule(p, g, *states_before)
-        return p, *states_after, average(e, p, self.ema)
+        return p, *states_after, p if self.first else average(e, p, self.ema)
 
 
 RULES: dict[str, Callable[..., Any]] = {

@@ -193,18 +193,20 @@ py::tuple gradient_sums(const py::list& params, const c10::optional<std::vector<
   return py::make_tuple(sums, left);
 }
 
-at::Tensor gradient_sum_op(at::TensorList params, at::TensorList grads, bool largest) {
-  TORCH_CHECK(grads.size() == params.size(), "adamfused::gradient_sum: as many grads as params");
+at::Tensor gradient_norm_op(at::TensorList params, at::TensorList grads, bool largest) {
+  TORCH_CHECK(grads.size() == params.size(), "adamfused::gradient_norm: as many grads as params");
   GradientSum work(largest);
   for (size_t i = 0; i < params.size(); ++i)
-    TORCH_CHECK(work.add(params[i], grads[i]), "adamfused::gradient_sum: the gradient of parameter ", i,
+    TORCH_CHECK(work.add(params[i], grads[i]), "adamfused::gradient_norm: the gradient of parameter ", i,
                 " cannot be read by the native kernels");
   const std::vector<at::Tensor> sums = work.sums();
-  TORCH_CHECK(sums.size() == 1, "adamfused::gradient_sum: expected tensors of one device, got ", sums.size());
-  return sums[0];
+  TORCH_CHECK(sums.size() == 1, "adamfused::gradient_norm: expected tensors of one device, got ", sums.size());
+  if (largest) return sums[0];
+  if (!sums[0].is_cpu()) return sums[0].sqrt();
+  return at::scalar_tensor(std::sqrt(*sums[0].const_data_ptr<double>()), sums[0].options());  // torch's is not exact
 }
 
-at::Tensor gradient_sum_fake(at::TensorList params, at::TensorList, bool) {
+at::Tensor gradient_norm_fake(at::TensorList params, at::TensorList, bool) {
   return at::empty({}, params[0].options().dtype(at::kDouble));
 }
 
@@ -287,17 +289,17 @@ TORCH_LIBRARY(adamfused, m) {
       "str rule, float[] hyper, float lr, Tensor? lr_tensor=None, float? ema_decay=None, "
       "Tensor? factor=None) -> ()",
       {at::Tag::pt2_compliant_tag});
-  m.def("gradient_sum(Tensor[] params, Tensor[] grads, bool largest) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("gradient_norm(Tensor[] params, Tensor[] grads, bool largest) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 void register_for_devices(torch::Library& m) {
   m.impl("step_", adamfused::step_op);
-  m.impl("gradient_sum", adamfused::gradient_sum_op);
+  m.impl("gradient_norm", adamfused::gradient_norm_op);
 }
 TORCH_LIBRARY_IMPL(adamfused, CPU, m) { register_for_devices(m); }
 TORCH_LIBRARY_IMPL(adamfused, CUDA, m) { register_for_devices(m); }
 TORCH_LIBRARY_IMPL(adamfused, Meta, m) {
   m.impl("step_", adamfused::step_fake);
-  m.impl("gradient_sum", adamfused::gradient_sum_fake);
+  m.impl("gradient_norm", adamfused::gradient_norm_fake);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -230,29 +230,30 @@ struct AmsGrad : Adam<T> {
 };
 
 // A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
-// format. Its first value is the first new weight, as in torch.optim.swa_utils.AveragedModel.
+// format. Its first value is the first new weight, as in torch.optim.swa_utils.AveragedModel, be that infinite.
 template <template <class> class Rule, class T>
 struct Averaged : Rule<T> {
   static constexpr int states = Rule<T>::states + 1;
   Weight<T> ema;
+  bool first;
 
   ADAMFUSED_HD static Averaged prepare(const typename Rule<T>::Hyper& h, const Now& now) {
-    return {Rule<T>::prepare(h, now), weight<T>(now.t == 1 ? 0.0 : now.ema_decay)};
+    return {Rule<T>::prepare(h, now), weight<T>(now.ema_decay), now.t == 1};
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& e) const {
     Rule<T>::operator()(p, g, a);
-    e = average(e, p, ema);
+    e = first ? p : average(e, p, ema);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& e) const {
     Rule<T>::operator()(p, g, a, b);
-    e = average(e, p, ema);
+    e = first ? p : average(e, p, ema);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& c, N& e) const {
     Rule<T>::operator()(p, g, a, b, c);
-    e = average(e, p, ema);
+    e = first ? p : average(e, p, ema);
   }
 };
 

@@ -128,7 +128,7 @@ def test_opcheck_of_the_whole_step() -> None:
     torch.library.opcheck(torch.ops.adamfused.step_.default, arguments, more)
     for largest in (False, True):
         torch.library.opcheck(
-            torch.ops.adamfused.gradient_sum.default, (arguments[0], arguments[1], largest)
+            torch.ops.adamfused.gradient_norm.default, (arguments[0], arguments[1], largest)
         )
 
 

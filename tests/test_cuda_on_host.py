@@ -3,144 +3,171 @@ needed: ``tests/cuda_on_host`` stands in for CUDA's headers, and what it cannot 
 
 To look for accesses outside of the tensors and for undefined behaviour (guard bytes find writes only)::
 
-    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-    CUDA_ON_HOST_FLAGS="-g -fsanitize=address,undefined" python -m pytest tests/test_cuda_on_host.py
+    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \\
+    CUDA_ON_HOST_FLAGS="-g -fsanitize=address,undefined" python -m pytest tests/test_cuda_*on_host.py
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
+import random
 from ctypes import c_uint32, c_void_p
 
 import pytest
 import torch
-from cuda_library import (
+from cuda_cases import (
+    ADAM,
+    AVERAGED_ADAM,
     BF16,
-    EVERY_KIND,
-    EVERY_RULE,
     F16,
     F32,
     F64,
-    FEW_BLOCKS,
-    GROUPS,
+    FACTOR,
     KINDS,
-    MIRRORED,
-    NEEDED,
-    ORDERS,
-    STATES,
+    RULES,
     Case,
     Item,
-    Job,
-    Kernels,
-    Library,
-    Span,
-    build,
-    in_child,
+    ages,
+    groups_of,
     many,
+    parts_of,
     problems_of_a_huge_tensor,
     seams,
 )
+from cuda_library import (
+    FEW_BLOCKS,
+    NEEDED,
+    ORDERS,
+    SLOTS,
+    Job,
+    Kernels,
+    Library,
+    Recipe,
+    Rule,
+    Span,
+    build,
+    in_child,
+    layout,
+)
+from cuda_library import (
+    one_thread as one_thread,
+)
 
-from adamfused import formats, rules
+from adamfused import formats
 
 pytestmark = NEEDED
 
+EVERY_RULE = pytest.mark.parametrize("rule", RULES, ids=str)
+EVERY_KIND = pytest.mark.parametrize("each", KINDS, ids="E={}".format)
+# An averaged rule is most of its plain one, so that one kind is enough.
+EACH = pytest.mark.parametrize(
+    "rule, each",
+    [
+        pytest.param(rule, each, id=f"{rule}-E={each}")
+        for i, rule in enumerate(RULES)
+        for each in (list(KINDS)[i % 3 : i % 3 + 1] if rule.averaged else KINDS)
+    ],
+)
+
 
 def test_the_structs_are_those_of_the_header(kernels: Kernels) -> None:
-    here = []
-    for struct, names in MIRRORED.items():
-        here += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name in names)]
-    assert here == kernels.layout
-    for name, states in STATES.items():
-        known = (len(states.split()), len(GROUPS[name][0].hyper))
-        assert kernels.rule(name, False)[:2] == known == kernels.rule(name, True)[:2]
+    assert kernels.layout == layout(Span, Recipe, Job)
+    for rule in RULES:
+        for in_double in (False, True):
+            about = kernels.about(rule, in_double)
+            assert about[:2] == (len(parts_of(rule)) - 2, len(groups_of(rule)[0].hyper))
 
 
-def test_most_results_are_numbers(kernels: Kernels) -> None:
-    """Else the tests would compare NaN with NaN."""
-    for rule in STATES:
-        case = seams(rule, 4, kernels.tile(4), "mixed")
-        everything = torch.cat(
-            [case.at(case.expected, p).double() for p in itertools.chain(*case.places)]
-        )
-        assert 0.9 < everything.isfinite().double().mean() < 1
-
-
-@EVERY_RULE
-@EVERY_KIND
-def test_every_format_in_every_slot(kernels: Kernels, rule: str, each: int) -> None:
-    params = {2: (F64,), 4: (F32,), 8: (F32, BF16, F16)}[each]
-    others = (
-        (F32, F64) if each == 4 else formats.FORMATS
-    )  # one 16-bit tensor would make it 8 for all
-    several = itertools.product(params, *[others] * (1 + len(STATES[rule].split())))
-    sizes, shifts = (each + 1, 3 * each, 3 * each - 1, 37), ((0,) * 5, (0,) * 5, (1,) * 5)
-    items = [
-        Item(sizes[i % 4], dtypes, shifts[i % 3], i % 5, group=i % 3)
-        for i, dtypes in enumerate(several)
-    ]
+@EACH
+def test_every_format_in_every_slot(kernels: Kernels, rule: Rule, each: int) -> None:
+    """Of each two slots, every format in the one meets every format in the other."""
+    params = {2: [F64], 4: [F32], 8: [F32, BF16, F16]}[each]
+    others = [F32, F64] if each == 4 else formats.FORMATS  # one 16-bit tensor would make it 8
+    sizes, shifts = (each + 1, 3 * each, 3 * each - 1, 37), ((0,) * SLOTS, (0,) * SLOTS, (1,) * 7)
+    rng, items = random.Random(0), []
+    for i in range(300):
+        dtypes = (rng.choice(params), *rng.choices(others, k=5))
+        copy = rng.choice([None, *others])
+        items.append(Item(sizes[i % 4], dtypes, shifts[i % 3], i % 5, group=i % 3, copy=copy))
     assert Case(rule, items).problems(kernels) == []
 
 
-@EVERY_RULE
-@EVERY_KIND
-def test_sizes_at_every_seam(kernels: Kernels, rule: str, each: int) -> None:
-    assert seams(rule, each, kernels.tile(each), "mixed").problems(kernels) == []
+@EACH
+def test_sizes_at_every_seam(kernels: Kernels, rule: Rule, each: int) -> None:
+    case = seams(rule, each, kernels.tile(each), "mixed", FACTOR if rule.averaged else None)
+    assert case.problems(kernels) == []
+    assert 0.9 < case.share_of_numbers() < 1  # else NaN would be compared with NaN
+
+
+@EACH
+def test_more_tensors_than_a_launch_takes(kernels: Kernels, rule: Rule, each: int) -> None:
+    """Also where a GradScaler says on the device that there was no overflow."""
+    entries, factor = kernels.about(rule, each == 2).entries, None if rule.averaged else FACTOR
+    assert many(rule, each, entries, "mixed", factor, (0.0,)).problems(kernels) == []
 
 
 @EVERY_KIND
-@pytest.mark.parametrize(
-    "rule, counts", [*((rule, "mixed") for rule in STATES), ("adam", "host"), ("adam", "device")]
-)
-def test_more_tensors_than_a_launch_takes(
-    kernels: Kernels, rule: str, each: int, counts: str
+@pytest.mark.parametrize("counts", ["host", "device"])
+@pytest.mark.parametrize("factor", [None, FACTOR], ids=["no factor", "factor"])
+def test_counts_on_the_host_and_on_the_device(
+    kernels: Kernels, each: int, counts: str, factor: float | None
 ) -> None:
-    assert many(rule, each, kernels.entries(rule, each == 2), counts).problems(kernels) == []
+    entries = kernels.about(AVERAGED_ADAM, each == 2).entries
+    assert many(AVERAGED_ADAM, each, entries, counts, factor).problems(kernels) == []
 
 
-def test_counts_on_the_device_move_on_by_one_a_step(kernels: Kernels) -> None:
-    case = many("adam", 4, kernels.entries("adam", False), "mixed", steps=3)
+@pytest.mark.parametrize(
+    "found_inf, made",
+    [((None,) * 3, 3), ((0.0,) * 3, 3), ((0.0, 1.0, 0.0), 2), ((2.0,), 0)],
+    ids=["unknown", "never", "once", "always"],
+)
+def test_counts_on_the_device_move_on_by_one_a_step_that_is_made(
+    kernels: Kernels, found_inf: tuple[float | None, ...], made: int
+) -> None:
+    """A step whose scaled gradients overflowed is not made: no tensor moves, and no count."""
+    entries = kernels.about(AVERAGED_ADAM, False).entries
+    case = many(AVERAGED_ADAM, 4, entries, "mixed", FACTOR, found_inf)
     assert case.problems(kernels) == []
     counted = [(i, c) for i, c in zip(case.items, case.counts, strict=True) if c]
     assert {i.numel == 0 for i, _ in counted} == {True, False}
-    assert all(case.at(case.expected, c).item() == i.count + 3 for i, c in counted)
+    assert all(c.of(case.expected).item() == i.count + made for i, c in counted)
+    still = case.found_inf_place.of(case.expected).copy_(case.found_inf_place.of(case.start))
+    assert torch.equal(case.expected, case.start) == (made == 0), still
 
 
+@pytest.mark.parametrize("factor", [None, FACTOR], ids=["no factor", "factor"])
 @pytest.mark.parametrize("each", [2, 8], ids="E={}".format)
 @pytest.mark.parametrize("different", [63, 64, 65, 200])
-def test_more_step_counts_than_a_launch_takes(kernels: Kernels, different: int, each: int) -> None:
-    """They come again in later launches, and among them are tensors whose counts are on the device."""
+def test_more_step_counts_than_a_launch_takes(
+    kernels: Kernels, different: int, each: int, factor: float | None
+) -> None:
     assert kernels.table == 64
-    items = [
-        Item(
-            each + i % 3,
-            KINDS[each][i % 2],
-            count=i % different,
-            on_device=i % 11 == 5,
-            group=i % 3 * (i % 7 == 0),
-        )
-        for i in range(3 * different)
-    ]
-    assert Case("adam", items).problems(kernels) == []
+    assert ages(AVERAGED_ADAM, each, different, factor).problems(kernels) == []
 
 
 @EVERY_RULE
 @EVERY_KIND
-def test_1000_tensors_take_at_most_4_launches(kernels: Kernels, rule: str, each: int) -> None:
-    made = ctypes.create_string_buffer(kernels.rule(rule, each == 2)[2])
-    spans = (Span * 1000)(*[Span(numel=5) for _ in range(1000)])
-    launches = kernels.launches(
-        Job(list(rules.RULES).index(rule), each == 2, spans, 1000, ctypes.addressof(made))
+def test_1000_tensors_take_at_most_4_launches(kernels: Kernels, rule: Rule, each: int) -> None:
+    assert 1 <= kernels.launches(job_of(kernels, rule, each == 2, [5] * 1000)) <= 4
+
+
+def job_of(kernels: Kernels, rule: Rule, in_double: bool, sizes: list[int]) -> Job:
+    """Tensors that have no memory, for launches that do not run."""
+    return Job(
+        rule=rule.number,
+        averaged=rule.averaged,
+        in_double=in_double,
+        spans=(Span * len(sizes))(*(Span(numel=n) for n in sizes)),
+        count=len(sizes),
+        rules=ctypes.addressof(ctypes.create_string_buffer(kernels.about(rule, in_double).size)),
     )
-    assert 1 <= launches <= 4
 
 
 def test_empty_tensors_alone(kernels: Kernels) -> None:
     for on_device, launches in ((False, 0), (True, 1)):
-        items = [Item(0, KINDS[4][0], on_device=on_device)] * 3
+        items = [Item(0, KINDS[4][0], on_device=on_device, copy=F32)] * 3
         before = kernels.settings.launches
-        assert Case("adam", items).problems(kernels) == []
+        assert Case(ADAM, items, factor=FACTOR).problems(kernels) == []
         assert kernels.settings.launches - before == launches
 
 
@@ -152,32 +179,31 @@ def test_the_order_of_threads_and_blocks_is_free(
     kernels: Kernels, each: int, threads: str, blocks: str
 ) -> None:
     """Also where there are fewer blocks than tiles, so that a block goes on to tiles of other tensors."""
+    entries, tile = kernels.about(AVERAGED_ADAM, each == 2).entries, kernels.tile(each)
+    device = many(AVERAGED_ADAM, each, entries, "device")
+    several = [many(AVERAGED_ADAM, each, entries, "host", FACTOR), seams(ADAM, each, tile, "mixed")]
     with kernels.set(thread_order=ORDERS[threads], block_order=ORDERS[blocks]):
-        assert (
-            many("adam", each, kernels.entries("adam", each == 2), "device").problems(kernels) == []
-        )
+        assert device.problems(kernels) == []
         with kernels.set(largest_grid=FEW_BLOCKS):
-            assert (
-                many("adam", each, kernels.entries("adam", each == 2), "mixed").problems(kernels)
-                == []
-            )
-            assert seams("adam", each, kernels.tile(each), "device").problems(kernels) == []
+            assert [case.problems(kernels) for case in several] == [[], []]
 
 
 @pytest.mark.parametrize("pages", ["before", "after"])
 @EVERY_KIND
 def test_nothing_outside_of_the_tensors_is_read(kernels: Kernels, each: int, pages: str) -> None:
-    case = seams("amsgrad", each, kernels.tile(each), "mixed", pages)
+    rule = Rule("amsgrad", averaged=True)
+    case = seams(rule, each, kernels.tile(each), "mixed", FACTOR, pages)
     assert in_child(lambda: str(case.problems(kernels))) == "[]"
 
 
 def test_the_page_between_two_tensors_is_closed(kernels: Kernels) -> None:
-    case = seams("amsgrad", 4, kernels.tile(4), "mixed", "before")
-    last = max(end for place in case.places for _, end, _ in place)
+    rule = Rule("amsgrad", averaged=True)
+    case = seams(rule, 4, kernels.tile(4), "mixed", FACTOR, "before")
+    last = max(place.end for places in case.places for place in places)
 
     def read_past_the_end() -> str:
-        memory = case.memory()
-        with case.closed(memory):
+        memory = case.memory.copy_of(case.start)
+        with case.memory.closed(memory):
             return str(memory[last].item())
 
     assert in_child(read_past_the_end) == "killed by SIGSEGV"
@@ -196,9 +222,7 @@ def test_more_than_2_to_the_32_elements(
 
 def test_launches_are_cut_where_tiles_can_no_longer_be_counted(kernels: Kernels) -> None:
     """Nothing runs: no such tensors exist. But a launch's tiles are counted in 32 bits."""
-    made = ctypes.create_string_buffer(kernels.rule("adam", False)[2])
-    spans = (Span * 5)(*[Span(numel=2**30 * kernels.tile(4)) for _ in range(5)])
-    assert kernels.launches(Job(4, False, spans, 5, ctypes.addressof(made))) >= 2
+    assert kernels.launches(job_of(kernels, ADAM, False, [2**30 * kernels.tile(4)] * 5)) >= 2
 
 
 def test_the_self_test_of_an_installation_passes(kernels: Kernels) -> None:

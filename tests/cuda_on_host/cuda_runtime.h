@@ -1,5 +1,5 @@
 // Stands in for CUDA's header of this name, so that g++ compiles the kernels and a CPU runs them: the tests then
-// compare their bits with the oracle's where there is no GPU. It is as much of CUDA as csrc/cuda/ uses, and shuffles.
+// compare their bits with the oracle's where there is no GPU. It is what csrc/cuda/ uses of CUDA, and more shuffles.
 //
 // What a GPU does at once is done here in some order: blocks one after another, and the threads of a block one after
 // another from barrier to barrier, each on a stack of its own (a fiber). A kernel that is wrong in one order only is

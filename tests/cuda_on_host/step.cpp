@@ -13,7 +13,7 @@
 using namespace adamfused;
 
 template <class Rule>
-void about(int64_t* facts, const double* numbers, double lr, double t, void* rule) {
+void about(int64_t* facts, const double* numbers, const cuda::Now* now, void* rule) {
   int64_t* fact = facts;
   for (size_t x : {size_t(Rule::states), sizeof(typename Rule::Hyper) / sizeof(double), sizeof(Rule),
                    size_t(cuda::Arguments<Rule>::entries)})
@@ -21,7 +21,7 @@ void about(int64_t* facts, const double* numbers, double lr, double t, void* rul
   if (rule == nullptr) return;
   typename Rule::Hyper hyper;
   memcpy(&hyper, numbers, sizeof hyper);
-  const Rule made = Rule::prepare(hyper, lr, t);
+  const Rule made = Rule::prepare(hyper, *now);
   memcpy(rule, &made, sizeof made);
 }
 
@@ -35,11 +35,14 @@ const char* host_run(const Job* job) { return cuda_run(*job, nullptr); }
 const char* host_self_test() { return cuda_self_test(); }
 
 // Of a rule: its states, the numbers it is made from, its size, the tensors of a launch. Makes one where `rule` says.
-void host_rule(RuleId which, bool in_double, int64_t* facts, const double* hyper, double lr, double t, void* rule) {
+void host_rule(RuleId which, bool averaged, bool in_double, int64_t* facts, const double* hyper, const cuda::Now* now,
+               void* rule) {
+  using namespace cuda;
   switch (which) {
-#define CASE(R, ...) \
-  case RuleId::R:    \
-    return (in_double ? about<cuda::R<double>> : about<cuda::R<float>>)(facts, hyper, lr, t, rule);
+#define CASE(R, ...)                                                                                                \
+  case RuleId::R:                                                                                                   \
+    return averaged ? (in_double ? about<Averaged<R, double>> : about<Averaged<R, float>>)(facts, hyper, now, rule) \
+                    : (in_double ? about<R<double>> : about<R<float>>)(facts, hyper, now, rule);
     ADAMFUSED_RULES(CASE)
     default:
       abort();
@@ -48,11 +51,16 @@ void host_rule(RuleId which, bool in_double, int64_t* facts, const double* hyper
 
 // How the structs of job.h lie, which the tests mirror, and the numbers that say where the seams are.
 void host_facts(int64_t* fact) {
-  for (size_t x : {sizeof(Span), offsetof(Span, format), offsetof(Span, aligned), offsetof(Span, recipe),
-                   offsetof(Span, numel), offsetof(Span, step), sizeof(Recipe), offsetof(Recipe, lr),
-                   offsetof(Recipe, lr_on_device), offsetof(Recipe, lr_is_double), sizeof(Job),
-                   offsetof(Job, in_double), offsetof(Job, spans), offsetof(Job, count), offsetof(Job, rules),
-                   offsetof(Job, recipes), size_t(cuda::kThreads), size_t(cuda::kRounds), size_t(cuda::kTable)})
-    *fact++ = int64_t(x);
+  auto put = [&fact](std::initializer_list<size_t> numbers) {
+    for (size_t x : numbers) *fact++ = int64_t(x);
+  };
+  put({sizeof(Span), offsetof(Span, data), offsetof(Span, format), offsetof(Span, aligned)});
+  put({offsetof(Span, recipe), offsetof(Span, numel), offsetof(Span, step)});
+  put({sizeof(Recipe), offsetof(Recipe, hyper), offsetof(Recipe, lr), offsetof(Recipe, t)});
+  put({offsetof(Recipe, ema_decay), offsetof(Recipe, lr_on_device), offsetof(Recipe, lr_is_double)});
+  put({sizeof(Job), offsetof(Job, rule), offsetof(Job, averaged), offsetof(Job, in_double), offsetof(Job, spans)});
+  put({offsetof(Job, count), offsetof(Job, rules), offsetof(Job, recipes), offsetof(Job, factor)});
+  put({offsetof(Job, found_inf), offsetof(Job, first_tile)});
+  put({size_t(cuda::kThreads), size_t(cuda::kRounds), size_t(cuda::kTable)});
 }
 }
