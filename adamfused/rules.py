@@ -237,13 +237,18 @@ class Averaged:
 
     def __init__(self, rule: str, hyper: Sequence[float], now: Now, r: Round) -> None:
         self.rule = RULES[rule](hyper, now, r)
-        self.ema = weight(now.ema_decay, r)
-        self.first = now.t == 1
+        self.ema = weight(0.0 if now.t == 1 else now.ema_decay, r)
 
     def __call__(self, p: Tensor, g: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         *states_before, e = states
         p, *states_after = self.rule(p, g, *states_before)
-        return p, *states_after, p if self.first else average(e, p, self.ema)
+        return p, *states_after, self.averaged(e, p)
+
+    def averaged(self, e: Tensor, p: Tensor) -> Tensor:
+        """Decays of 0 and 1 are exact, also where 0 * inf would be NaN."""
+        if self.ema.c != 0:
+            return average(e, p, self.ema)
+        return p if self.ema.far else e
 
 
 RULES: dict[str, Callable[..., Any]] = {

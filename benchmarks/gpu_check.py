@@ -97,7 +97,7 @@ def stages(folder: Path) -> list[Stage]:
         sys.executable,
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"],
     )
-    small = "flipped or misaligned or layouts or self_test"
+    small = "flipped or misaligned or layouts or self_test or the_norm_is or options_in_one_pass"
     all_stages = [
         Stage("build", [python, "setup.py", "build_ext", "--inplace"], 140, build),
         Stage("tests", [python, *tests], 150),

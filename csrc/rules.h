@@ -235,25 +235,28 @@ template <template <class> class Rule, class T>
 struct Averaged : Rule<T> {
   static constexpr int states = Rule<T>::states + 1;
   Weight<T> ema;
-  bool first;
 
   ADAMFUSED_HD static Averaged prepare(const typename Rule<T>::Hyper& h, const Now& now) {
-    return {Rule<T>::prepare(h, now), weight<T>(now.ema_decay), now.t == 1};
+    return {Rule<T>::prepare(h, now), weight<T>(now.t == 1 ? 0.0 : now.ema_decay)};
+  }
+  template <class N>
+  ADAMFUSED_HD N averaged(N e, N p) const {  // decays of 0 and 1 are exact, also where 0 * inf would be NaN
+    return ema.c != T(0) ? average(e, p, ema) : ema.far ? p : e;
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& e) const {
     Rule<T>::operator()(p, g, a);
-    e = first ? p : average(e, p, ema);
+    e = averaged(e, p);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& e) const {
     Rule<T>::operator()(p, g, a, b);
-    e = first ? p : average(e, p, ema);
+    e = averaged(e, p);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& c, N& e) const {
     Rule<T>::operator()(p, g, a, b, c);
-    e = first ? p : average(e, p, ema);
+    e = averaged(e, p);
   }
 };
 

@@ -148,10 +148,14 @@ FAULTS = {
     ),
     "the average is of the weights before": (
         "rules.h",
-        "Rule<T>::operator()(p, g, a, b);\n    e = first ? p : average(e, p, ema);",
-        "e = first ? p : average(e, p, ema);\n    Rule<T>::operator()(p, g, a, b);",
+        "Rule<T>::operator()(p, g, a, b);\n    e = averaged(e, p);",
+        "e = averaged(e, p);\n    Rule<T>::operator()(p, g, a, b);",
     ),
-    "the average begins with what was there": ("rules.h", "now.t == 1}", "false}"),
+    "the average begins with what was there": (
+        "rules.h",
+        "now.t == 1 ? 0.0 : now.ema_decay",
+        "now.ema_decay",
+    ),
     "the average's decay is lost": ("cuda/step.cuh", "recipe.ema_decay}", "0.5}"),
     "a copy begins with each tile": (
         "cuda/step.cuh",
