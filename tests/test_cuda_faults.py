@@ -359,7 +359,8 @@ def build_faulty(folder: Path, fault: str) -> Path:
 @pytest.fixture(scope="module")
 def faulty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Those that are asked for, compiled two at a time: fault -> the future of a library."""
-    calls = (item.callspec for item in request.session.items if hasattr(item, "callspec"))
+    here = [item for item in request.session.items if item.path == request.path]
+    calls = (item.callspec for item in here if hasattr(item, "callspec"))
     asked = [call.params["fault"] for call in calls if "fault" in call.params]
     with ThreadPoolExecutor(2) as pool:
         folders = ((fault, tmp_path_factory.mktemp("faulty")) for fault in asked)
