@@ -1,6 +1,22 @@
-"""How numbers rest in memory: ``get`` (to the number) and ``put`` (from it). The twin of ``csrc/formats.h``."""
+"""How numbers rest in memory: ``get`` (to the number) and ``put`` (from it). The twin of ``csrc/formats.h``.
+
+A part of the step is a tensor, or a tensor with another one beside it:
+
+=================  =======================  ========================================================================
+tensor             beside it                format
+=================  =======================  ========================================================================
+a floating dtype   nothing                  the number; float32 rounds to 16 bits to nearest even, or at random
+bfloat16           int16, the same shape    *split16*: the upper half of a float32; its lower half lies beside
+bfloat16           int8, the same shape     *split8*: the upper 16 of 24 bits; the lower 8 lie beside
+16 bits            float32, the same shape  a float32 number, and what it is rounded to
+int8               float32, one a block     *int8*: signed codes of 8 bits, scaled by block
+uint8              float32, one a block     *int8*: codes of 8 bits for what is never negative, scaled by block
+=================  =======================  ========================================================================
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,15 +25,242 @@ FORMATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes that parameters, gradients and states may have (a complex dtype is pairs of one of these)."""
 
 
-def get(rest: Tensor, arithmetic: torch.dtype) -> Tensor:
-    """The numbers of ``rest`` in the arithmetic's dtype, float32 or float64: a new tensor; complex ones as pairs."""
+def get(rest: Tensor, arithmetic: torch.dtype, beside: Tensor | None = None) -> Tensor:
+    """The numbers of a part in the arithmetic's dtype, float32 or float64: a new tensor; complex ones as pairs."""
+    if beside is not None:
+        return (_decoded if rest.dtype in CODES else _joined)(rest, beside).to(arithmetic)
     if rest.is_complex():
         return torch.view_as_real(rest.to(arithmetic.to_complex(), copy=True).resolve_conj())
     return rest.to(arithmetic, copy=True).resolve_neg()
 
 
-def put(x: Tensor, rest: Tensor) -> None:
-    """Writes ``x`` into ``rest``, to nearest even; a double goes to 16 bits by way of float32, as in C++."""
+def put(
+    x: Tensor, rest: Tensor, beside: Tensor | None = None, random: Random | None = None
+) -> None:
+    """Writes ``x`` into a part: to nearest even, or at random; a double goes to 16 bits and fewer by way of float32,
+    as in C++."""
     if x.dtype == torch.float64 and rest.element_size() < (8 if rest.is_complex() else 4):
         x = x.to(torch.float32)
-    rest.copy_(torch.view_as_complex(x) if rest.is_complex() else x)
+    if rest.dtype in CODES:
+        assert beside is not None and random is not None
+        _encode(x, rest, beside, random)
+    elif beside is not None:
+        _part(x, rest, beside)
+    else:
+        half = rest.dtype.to_real() if rest.is_complex() else rest.dtype
+        if random is not None and half in _ROUND_AT_RANDOM:
+            bits = _ROUND_AT_RANDOM[half](_bits(x), random.words(x.numel(), x.device).view(x.shape))
+            x = _as_16_bits(bits, half)
+        rest.copy_(torch.view_as_complex(x) if rest.is_complex() else x)
+
+
+# ---- random numbers ------------------------------------------------------------------------------------------------
+# A hash of a counter: no state to keep, and the same numbers whoever works on an element, and when. The bits of a
+# float32 and the words of the hash are int64 tensors here, because torch has few operations on unsigned numbers.
+
+_WORD = 0xFFFFFFFF
+
+
+def mix(x):  # type: ignore[no-untyped-def]  # of an int, or of a tensor of them
+    """A word of 32 bits that depends on every bit of ``x``, one to one (Wellons' hash "lowbias32")."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def place_key(seed: int, place: int) -> int:
+    """What the random numbers of a parameter depend on: the seed, and its place among the optimizer's parameters."""
+    return mix(mix(mix(seed & _WORD) ^ (seed >> 32 & _WORD)) ^ (place & _WORD))  # type: ignore[no-any-return]
+
+
+class Random(NamedTuple):
+    """The random words of one parameter, step and slot.
+
+    Args:
+        key: of parameter and step, then of the slot, too.
+        first: the index of the first element in the whole parameter, of which this may be a shard.
+    """
+
+    key: int
+    first: int = 0
+
+    @classmethod
+    def at_step(cls, place_key: int, t: float, first: int = 0) -> Random:
+        """Those of step ``t`` of a parameter."""
+        return cls(mix(place_key ^ (int(t) & _WORD)), first)
+
+    def of(self, slot: int) -> Random:
+        """Those of a slot: 0 for the parameter, 2 for its first state, 3 for the second."""
+        return Random(mix(self.key ^ (slot * 0x9E3779B9 & _WORD)), self.first)
+
+    def words(self, n: int, device: torch.device) -> Tensor:
+        """``n`` words, one an element."""
+        index = torch.arange(self.first, self.first + n, dtype=torch.int64, device=device)
+        return mix((index + self.key) & _WORD)  # type: ignore[no-any-return]
+
+
+# ---- 16 bits, and what lies beside them ----------------------------------------------------------------------------
+
+_NAN, _INF = 0x7FC00000, 0x7F800000
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).to(torch.int64) & _WORD
+
+
+def _float_of(bits: Tensor) -> Tensor:
+    return _signed(bits, 32).to(torch.int32).view(torch.float32)
+
+
+def _signed(bits: Tensor, n: int) -> Tensor:
+    """The low ``n`` bits as a signed number."""
+    return ((bits & (1 << n) - 1) ^ (1 << n - 1)) - (1 << n - 1)
+
+
+def _as_16_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return _signed(bits, 16).to(torch.int16).view(dtype)
+
+
+def _bf16_at_random(b: Tensor, words: Tensor) -> Tensor:
+    """Up or down, each as often as it is near: what is cut off is raised by a random number as long."""
+    rounded = (b + (words >> 16)) >> 16
+    return torch.where((b & 0x7FFFFFFF) > _INF, 0x7FC0, rounded & 0xFFFF)
+
+
+def _f16_at_random(b: Tensor, words: Tensor) -> Tensor:
+    magnitude = b & 0x7FFFFFFF
+    # Below 2^-14 halves are multiples of 2^-24; else they have 13 bits fewer than a float.
+    small = (_float_of(magnitude.clamp(max=0x38800000)) * 2.0**37).to(torch.int64)
+    long = torch.where(magnitude < 0x38800000, small, magnitude - 0x38000000)
+    h = (long + (words >> 19)) >> 13
+    h = torch.where(magnitude >= 0x47800000, 0x7C00, h)  # 65536
+    h = torch.where(magnitude > _INF, 0x7E00, h)
+    return h | b >> 16 & 0x8000
+
+
+_ROUND_AT_RANDOM = {torch.bfloat16: _bf16_at_random, torch.float16: _f16_at_random}
+
+
+def _upper(b: Tensor) -> Tensor:
+    """The nearest 16 upper bits, ties away from zero: so that the lower 16, as a signed number, lead back."""
+    return (b + 0x8000) >> 16 & 0xFFFF
+
+
+def _visible(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a float32 number that lies beside is rounded to. A bfloat16 is that of split16, so that both train alike."""
+    return _as_16_bits(_upper(_bits(x)), dtype) if dtype == torch.bfloat16 else x.to(dtype)
+
+
+def _joined(rest: Tensor, beside: Tensor) -> Tensor:
+    if beside.dtype == torch.float32:
+        # A weight that was written since, by a checkpoint of the model for one, counts.
+        same = _visible(beside, rest.dtype).view(torch.int16) == rest.contiguous().view(torch.int16)
+        return torch.where(same, beside, rest.float())
+    upper = rest.contiguous().view(torch.int16).to(torch.int64) << 16
+    return _float_of(upper + (beside.to(torch.int64) << (16 - 8 * beside.element_size())))
+
+
+def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
+    if beside.dtype == torch.float32:
+        x = torch.where(x.isnan(), torch.nan, x)  # one NaN for all processors
+        beside.copy_(x)
+        rest.copy_(_visible(x, rest.dtype))
+        return
+    b = _bits(x)
+    b = torch.where((b & 0x7FFFFFFF) > _INF, _NAN, b)
+    if beside.dtype == torch.int8:
+        b = (b + 0x7F + (b >> 8 & 1)) >> 8 << 8 & _WORD
+        beside.copy_(_signed(b >> 8, 8))
+    else:
+        beside.copy_(_signed(b, 16))
+    rest.copy_(_as_16_bits(_upper(b), rest.dtype))
+
+
+# ---- 8 bits --------------------------------------------------------------------------------------------------------
+# A number's magnitude, as a part of what the largest of its block is scaled to, plus c, is a float32 whose exponent
+# and first mantissa bits, counted from those of c, are the code. So codes are evenly spaced up to about c and
+# logarithmically above, zero is one of them, and to encode and decode takes additions and shifts.
+
+BLOCK = 128
+"""Consecutive numbers that have one scale."""
+
+
+class Code(NamedTuple):
+    """A code of 8 bits.
+
+    Args:
+        c: a power of two.
+        mantissa: bits that a code has of it.
+        top: the largest code of a finite number.
+        special: what stands for a number that is not finite: NaN if signed, else infinity.
+    """
+
+    c: float
+    mantissa: int
+    top: int
+    special: int
+
+    @property
+    def shift(self) -> int:
+        return 23 - self.mantissa
+
+    @property
+    def base(self) -> int:
+        """The bits of c."""
+        return int(torch.tensor(self.c, dtype=torch.float32).view(torch.int32))
+
+    @property
+    def largest(self) -> float:
+        """What the largest magnitude of a block is scaled to."""
+        return float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c
+
+
+CODES = {
+    torch.int8: Code(c=2.0**-16, mantissa=3, top=127, special=-128),
+    torch.uint8: Code(c=2.0**-16, mantissa=4, top=254, special=255),
+}
+_TINY = 2.0**-120  # so that what a block is divided by is a normal number
+_MAX = torch.finfo(torch.float32).max
+
+
+def scales_shape(shape: torch.Size) -> tuple[int, ...]:
+    """The shape of the scales of a tensor: by rows where a row is whole blocks, so that both can be sharded alike."""
+    row = shape[1:].numel()
+    if len(shape) > 1 and row > 0 and row % BLOCK == 0:
+        return (shape[0], row // BLOCK)
+    return (-(-shape.numel() // BLOCK),)
+
+
+def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
+    code = CODES[codes.dtype]
+    number = codes.reshape(-1).to(torch.int64)
+    y = _float_of((number.abs() << code.shift) + code.base) - code.c
+    x = y * scale.reshape(-1).repeat_interleave(BLOCK)[: y.numel()]
+    x = torch.where(number < 0, -x, x)
+    special = torch.nan if codes.dtype.is_signed else torch.inf
+    return torch.where(number == code.special, special, x).view(codes.shape)
+
+
+def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
+    code = CODES[codes.dtype]
+    n = x.numel()
+    numbers = x.new_zeros(scale.numel(), BLOCK)
+    numbers.view(-1)[:n] = x.reshape(-1)
+    magnitude = numbers.abs()
+    finite = magnitude < torch.inf
+    largest = torch.where(finite, magnitude, 0.0).amax(1, keepdim=True).clamp(min=_TINY)
+    y = magnitude * (torch.full_like(largest, code.largest) / largest)  # a number / a tensor rounds twice
+    words = random.words(numbers.numel(), x.device).view(numbers.shape)
+    number = (_bits(y + code.c) - code.base + (words >> 32 - code.shift)) >> code.shift
+    number = number.clamp(max=code.top)
+    if codes.dtype.is_signed:
+        number = torch.where(numbers < 0, -number, number)
+    else:
+        number = torch.where(magnitude > 0, number.clamp(min=1), number)  # the root of it divides
+    number = torch.where(finite, number, code.special)
+    codes.copy_(number.view(-1)[:n].view(x.shape))
+    scale.copy_((largest * _rounded(1.0 / code.largest)).clamp(max=_MAX).view(scale.shape))
+
+
+def _rounded(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
