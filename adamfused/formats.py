@@ -55,10 +55,11 @@ def put(
 
 
 # ---- random numbers ------------------------------------------------------------------------------------------------
-# A hash of a counter: no state to keep, and the same numbers whoever works on an element, and when. The bits of a
+# Hashes of a counter: no state to keep, and the same numbers whoever works on an element, and when. The bits of a
 # float32 and the words of the hash are int64 tensors here, because torch has few operations on unsigned numbers.
 
 _WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd
 
 
 def mix(x):  # type: ignore[no-untyped-def]  # of an int, or of a tensor of them
@@ -77,26 +78,39 @@ class Random(NamedTuple):
     """The random words of one parameter, step and slot.
 
     Args:
-        key: of parameter and step, then of the slot, too.
+        key: of the parameter, from :func:`place_key`.
+        t: the step.
         first: the index of the first element in the whole parameter, of which this may be a shard.
+        slot: 0 for the parameter, 2 for its first state, 3 for the second.
     """
 
     key: int
+    t: int
     first: int = 0
+    slot: int = 0
 
     @classmethod
     def at_step(cls, place_key: int, t: float, first: int = 0) -> Random:
         """Those of step ``t`` of a parameter."""
-        return cls(mix(place_key ^ (int(t) & _WORD)), first)
+        return cls(place_key, int(t) & _WORD, first)
 
     def of(self, slot: int) -> Random:
-        """Those of a slot: 0 for the parameter, 2 for its first state, 3 for the second."""
-        return Random(mix(self.key ^ (slot * 0x9E3779B9 & _WORD)), self.first)
+        return self._replace(slot=slot)
 
     def words(self, n: int, device: torch.device) -> Tensor:
-        """``n`` words, one an element."""
-        index = torch.arange(self.first, self.first + n, dtype=torch.int64, device=device)
-        return mix((index + self.key) & _WORD)  # type: ignore[no-any-return]
+        """``n`` words, one an element: others each step."""
+        return self._hashed(mix(self.key ^ self.t), self.slot, n, device)
+
+    def dither(self, n: int, device: torch.device) -> Tensor:
+        """``n`` words, one an element, that each walk through all of their range evenly, step by step: after a few
+        steps, what they rounded up and down evens out better than by chance. Two states share a hash."""
+        words = self._hashed(self.key, self.slot & ~1, n, device)
+        return ((words << 16 if self.slot & 1 else words) + self.t * _GOLDEN) & _WORD
+
+    def _hashed(self, key: int, slot: int, n: int, device: torch.device) -> Tensor:
+        index = torch.arange(n, dtype=torch.int64, device=device) + self.first
+        counter = ((index & _WORD) * _GOLDEN + mix(key ^ (slot * _GOLDEN & _WORD))) & _WORD
+        return ((counter ^ counter >> 15) * 0x2C1B3C6D) & _WORD
 
 
 # ---- 16 bits, and what lies beside them ----------------------------------------------------------------------------
@@ -179,7 +193,8 @@ def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
 # ---- 8 bits --------------------------------------------------------------------------------------------------------
 # A number's magnitude, as a part of what the largest of its block is scaled to, plus c, is a float32 whose exponent
 # and first mantissa bits, counted from those of c, are the code. So codes are evenly spaced up to about c and
-# logarithmically above, zero is one of them, and to encode and decode takes additions and shifts.
+# logarithmically above, zero is one of them, and to encode and decode takes additions and shifts. Rounded up and down in
+# turn, because a running average that moves by less than half of a code's step would else stand still.
 
 BLOCK = 128
 """Consecutive numbers that have one scale."""
@@ -212,17 +227,13 @@ class Code(NamedTuple):
     @property
     def largest(self) -> float:
         """What the largest magnitude of a block is scaled to."""
-        return float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c
+        return _rounded(float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c)
 
 
 CODES = {
     torch.int8: Code(c=2.0**-16, mantissa=3, top=127, special=-128),
-    torch.uint8: Code(c=2.0**-16, mantissa=4, top=254, special=255),
+    torch.uint8: Code(c=2.0**-32, mantissa=3, top=254, special=255),
 }
-_TINY = 2.0**-120  # so that what a block is divided by is a normal number
-_MAX = torch.finfo(torch.float32).max
-
-
 def scales_shape(shape: torch.Size) -> tuple[int, ...]:
     """The shape of the scales of a tensor: by rows where a row is whole blocks, so that both can be sharded alike."""
     row = shape[1:].numel()
@@ -248,9 +259,9 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
     numbers.view(-1)[:n] = x.reshape(-1)
     magnitude = numbers.abs()
     finite = magnitude < torch.inf
-    largest = torch.where(finite, magnitude, 0.0).amax(1, keepdim=True).clamp(min=_TINY)
-    y = magnitude * (torch.full_like(largest, code.largest) / largest)  # a number / a tensor rounds twice
-    words = random.words(numbers.numel(), x.device).view(numbers.shape)
+    largest = _power_above(torch.where(finite, magnitude, 0.0).amax(1, keepdim=True))
+    y = magnitude * (code.largest * _float_of(0x7F000000 - _bits(largest)))
+    words = random.dither(numbers.numel(), x.device).view(numbers.shape)
     number = (_bits(y + code.c) - code.base + (words >> 32 - code.shift)) >> code.shift
     number = number.clamp(max=code.top)
     if codes.dtype.is_signed:
@@ -259,7 +270,16 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
         number = torch.where(magnitude > 0, number.clamp(min=1), number)  # the root of it divides
     number = torch.where(finite, number, code.special)
     codes.copy_(number.view(-1)[:n].view(x.shape))
-    scale.copy_((largest * _rounded(1.0 / code.largest)).clamp(max=_MAX).view(scale.shape))
+    scale.copy_((largest * _rounded(1.0 / code.largest)).view(scale.shape))
+
+
+def _power_above(x: Tensor) -> Tensor:
+    """The power of two that is as large or next above; its inverse is a normal number. So scales seldom change, and with
+    them what numbers that have not changed are rounded to."""
+    return _float_of((_bits(x) + 0x7FFFFF & _INF).clamp(_BITS_OF_LEAST, _BITS_OF_MOST))
+
+
+_BITS_OF_LEAST, _BITS_OF_MOST = 0x03800000, 0x7E800000  # 2^-120, 2^126
 
 
 def _rounded(x: float) -> float:

@@ -1,10 +1,12 @@
-// How numbers rest in memory: a type, `get` (to the number) and `put` (from it, to nearest even). The twin is
-// adamfused/formats.py. Plain integer and float arithmetic without branches, so that every target gives the same bits.
+// How numbers rest in memory. The twin is adamfused/formats.py. Plain integer and float arithmetic without branches, so
+// that every target gives the same bits.
 //
-// A format narrower than a float says how its bits become a float's and back, each in the low end of a word: of one
-// word W, or of a vector of words that a CPU works on at once. So a comparison is followed by a choice, never a branch.
+// A format says how the bits of a float come from what rests and back, in words of 32 bits: one word W, or a vector of
+// words that a CPU works on at once. So a comparison is followed by a choice, never a branch. What rests is a number of
+// type Rest in one tensor and perhaps another, of type Beside, in a tensor beside it; both come in the low end of a word,
+// as signed numbers if their type is.
 //
-// To add a format: a struct, a line in ADAMFUSED_FORMATS, its twin.
+// To add a format: a struct, a line in ADAMFUSED_FORMATS, its twin, and the line that tells it in step.h.
 #pragma once
 
 #include "target.h"
@@ -12,8 +14,56 @@
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
+constexpr uint32_t kInfinity = 0x7f800000, kMagnitude = 0x7fffffff;
+
+// What is rounded at random draws its words from hashes of its place: no state to keep, and the same words whoever works
+// on an element, and when. This one depends on every bit of x, one to one: Wellons' "lowbias32".
+ADAMFUSED_HD uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// The word of an element. What makes it random is mostly the key: here it only has to differ from those near it, and
+// only the upper bits count.
+constexpr uint32_t kGolden = 0x9e3779b9;  // 2^32 over the golden ratio, odd
+template <class W>
+ADAMFUSED_HD W counter_at(W index, uint32_t key) {
+  return index * kGolden + key;
+}
+template <class W>
+ADAMFUSED_HD W word_of(W counter) {
+  return (counter ^ (counter >> 15)) * 0x2c1b3c6du;
+}
+
+// The keys of words that are others each step: of a slot of a parameter.
+ADAMFUSED_HD uint32_t key_of(uint32_t param, uint32_t t, int slot) {
+  return mix(mix(param ^ t) ^ uint32_t(slot) * kGolden);
+}
+
+// Words that each walk through all of their range evenly, step by step: after a few steps, what they rounded up and down
+// evens out better than by chance. Two states share a hash.
+ADAMFUSED_HD uint32_t key_of_dither(uint32_t param, int slot) { return mix(param ^ uint32_t(slot & ~1) * kGolden); }
+template <class W>
+ADAMFUSED_HD W dither(W word, uint32_t t, int slot) {
+  return (slot & 1 ? word << 16 : word) + t * kGolden;
+}
+
+struct Nothing {};
+
+template <class W>
+ADAMFUSED_HD auto is_nan(W b) {
+  auto x = float_of(b);
+  return x != x;
+}
+template <class W>
+ADAMFUSED_HD auto is_finite(W magnitude) {
+  return float_of(magnitude) < float_of(kInfinity);
+}
+
 struct F32 {
   using Rest = float;
+  using Beside = Nothing;
   ADAMFUSED_HD static float get(float x) { return x; }
   ADAMFUSED_HD static float put(float x) { return x; }
   ADAMFUSED_HD static float put(double x) { return float(x); }
@@ -21,6 +71,7 @@ struct F32 {
 
 struct F64 {
   using Rest = double;
+  using Beside = Nothing;
   ADAMFUSED_HD static double get(double x) { return x; }
   ADAMFUSED_HD static double put(double x) { return x; }
 };
@@ -29,6 +80,7 @@ struct F64 {
 template <class Bits>
 struct Half : Bits {
   using Rest = uint16_t;
+  using Beside = Nothing;
   ADAMFUSED_HD static float get(uint16_t h) { return float_of(Bits::widen(uint32_t(h))); }
   ADAMFUSED_HD static uint16_t put(float x) { return uint16_t(Bits::narrow(bits_of(x))); }
   ADAMFUSED_HD static uint16_t put(double x) { return put(float(x)); }
@@ -44,8 +96,18 @@ struct BF16Bits {
   template <class W>
   ADAMFUSED_HD static W narrow(W b) {
     W rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    auto x = float_of(b);
-    return x != x ? 0x7fc0u : rounded;
+    return is_nan(b) ? 0x7fc0u : rounded;
+  }
+  // Up or down, each as often as it is near: what is cut off is raised by a random number as long.
+  template <class W>
+  ADAMFUSED_HD static W narrow_at_random(W b, W word) {
+    W rounded = (b + (word >> 16)) >> 16;
+    return is_nan(b) ? 0x7fc0u : rounded;
+  }
+  // To nearest, ties away from zero: then the lower half, as a signed number, leads back.
+  template <class W>
+  ADAMFUSED_HD static W upper(W b) {
+    return (b + 0x8000u) >> 16;
   }
 };
 using BF16 = Half<BF16Bits>;
@@ -58,28 +120,213 @@ struct F16Bits {
   ADAMFUSED_HD static W widen(W h) {
     W magnitude = (h & 0x7fffu) << 13;
     W b = bits_of(float_of(magnitude) * 0x1p112f);
-    W special = magnitude >= 0x0f800000u ? b | 0x7f800000u : b;  // infinity and NaN
+    W special = magnitude >= 0x0f800000u ? b | kInfinity : b;  // infinity and NaN
     return special | (h & 0x8000u) << 16;
   }
   template <class W>
   ADAMFUSED_HD static W narrow(W b) {
-    W magnitude = b & 0x7fffffffu;
+    W magnitude = b & kMagnitude;
     W normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
     W small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     W h = magnitude < 0x38800000u ? small : normal;  // 2^-14
     h = magnitude >= 0x477ff000u ? 0x7c00u : h;      // 65520: half way past the largest half
-    h = magnitude > 0x7f800000u ? 0x7e00u : h;
+    h = magnitude > kInfinity ? 0x7e00u : h;
     return h | ((b >> 16) & 0x8000u);
+  }
+  template <class W>
+  ADAMFUSED_HD static W narrow_at_random(W b, W word) {
+    W magnitude = b & kMagnitude;
+    W below = magnitude < 0x38800000u ? magnitude : 0u;
+    W small = whole(float_of(below) * 0x1p37f);  // in units of 2^-13 of the spacing of halves there
+    W fine = magnitude < 0x38800000u ? small : magnitude - 0x38000000u;
+    W h = (fine + (word >> 19)) >> 13;
+    h = magnitude >= 0x47800000u ? 0x7c00u : h;  // 65536
+    h = magnitude > kInfinity ? 0x7e00u : h;
+    return h | ((b >> 16) & 0x8000u);
+  }
+  template <class W>
+  ADAMFUSED_HD static W upper(W b) {
+    return narrow(b);
   }
 };
 using F16 = Half<F16Bits>;
 
+// A 16-bit format that is rounded at random.
+template <class Format>
+struct AtRandom : Format {};
+using BF16AtRandom = AtRandom<BF16>;
+using F16AtRandom = AtRandom<F16>;
+
+// The upper half of a float, as the model sees it, and beside it the lower half: together all of its bits. To be joined,
+// the upper half is in the upper end of its word.
+struct Split16 {
+  using Rest = uint16_t;
+  using Beside = int16_t;
+  template <class W>
+  ADAMFUSED_HD static W join(W upper, W lower) {
+    return upper + lower;
+  }
+  template <class W>
+  ADAMFUSED_HD static void part(W b, W& upper, W& lower) {
+    b = is_nan(b) ? 0x7fc00000u : b;
+    upper = BF16::upper(b);
+    lower = b & 0xffffu;
+  }
+};
+
+// The same of the upper 24 bits.
+struct Split8 {
+  using Rest = uint16_t;
+  using Beside = int8_t;
+  template <class W>
+  ADAMFUSED_HD static W join(W upper, W lower) {
+    return upper + (lower << 8);
+  }
+  template <class W>
+  ADAMFUSED_HD static void part(W b, W& upper, W& lower) {
+    W rounded = b + 0x7fu + ((b >> 8) & 1u);
+    rounded = is_nan(b) ? 0x7fc00000u : rounded;
+    upper = BF16::upper(rounded & 0xffffff00u);
+    lower = (rounded >> 8) & 0xffu;
+  }
+};
+
+// A 16-bit number, and beside it the float that it was rounded from. Where the two have parted, because the 16-bit one
+// was written since, it counts.
+template <class Format>
+struct Master {
+  using Rest = uint16_t;
+  using Beside = float;
+  template <class W>
+  ADAMFUSED_HD static W join(W seen, W master) {
+    return Format::upper(master) == seen ? master : Format::widen(seen);
+  }
+  template <class W>
+  ADAMFUSED_HD static void part(W b, W& seen, W& master) {
+    master = is_nan(b) ? 0x7fc00000u : b;
+    seen = Format::upper(master);
+  }
+};
+using MasterBF16 = Master<BF16>;
+using MasterF16 = Master<F16>;
+
+// Codes of 8 bits, and beside them a scale for each block. A number's magnitude, as a part of what the largest of its
+// block is scaled to, plus c, is a float whose exponent and first bits, counted from those of c, are the code. So codes
+// are evenly spaced up to about c and logarithmically above, zero is one of them, and to encode and decode takes
+// additions and shifts. Rounded up and down in turn, because a running average that moves by less than half of a code's
+// step would else stand still.
+constexpr int kBlock = 128;
+
+template <class Scheme>
+struct Code : Scheme {
+  using Beside = float;
+  using Scheme::kBase;
+  using Scheme::kC;
+  using Scheme::kLargest;
+  using Scheme::kShift;
+  using Scheme::kTop;
+
+  // Of a code that is not special; and of any.
+  template <class W>
+  ADAMFUSED_HD static W decode_finite(W code, float scale) {
+    const W magnitude = Scheme::kSigned ? magnitude_of(code) : code;
+    const W x = bits_of((float_of((magnitude << kShift) + kBase) - kC) * scale);
+    return Scheme::kSigned ? x | (code & 0x80000000u) : x;
+  }
+  template <class W>
+  ADAMFUSED_HD static W decode(W code, float scale) {
+    return code == Scheme::kSpecial ? Scheme::kSpecialBits : decode_finite(code, scale);
+  }
+  // What counts for the scale.
+  template <class W>
+  ADAMFUSED_HD static W counted(W magnitude) {
+    return is_finite(magnitude) ? magnitude : 0u;
+  }
+  // The bits of the power of two that is as large as the largest that counts, or next above; its inverse is a normal
+  // number. So scales seldom change, and with them what numbers that have not changed are rounded to.
+  ADAMFUSED_HD static uint32_t power_above(uint32_t largest) {
+    return larger(smaller((largest + 0x7fffffu) & kInfinity, 0x7e800000u), 0x03800000u);  // 2^126, 2^-120
+  }
+  ADAMFUSED_HD static float inverse(uint32_t power) { return kLargest * float_of(0x7f000000u - power); }
+  ADAMFUSED_HD static float scale(uint32_t power) { return float_of(power) * (1.0f / kLargest); }
+  // Of a finite number, and of any.
+  template <class W>
+  ADAMFUSED_HD static W encode_finite(W b, float inverse, W word) {
+    const W magnitude = b & kMagnitude;
+    const W fine = bits_of(float_of(magnitude) * inverse + kC) - kBase;
+    const W code = smaller((fine + (word >> (32 - kShift))) >> kShift, W{} + kTop);
+    if constexpr (Scheme::kSigned)
+      return with_sign(code, b);
+    else
+      return larger(code, smaller(magnitude, W{} + 1u));  // the root of it divides
+  }
+  template <class W>
+  ADAMFUSED_HD static W encode(W b, float inverse, W word) {
+    return is_finite(b & kMagnitude) ? encode_finite(b, inverse, word) : Scheme::kSpecial;
+  }
+};
+
+// c = 2^-16 and 3 bits of the mantissa: 127 codes of either sign, and one for NaN.
+struct SignedScheme {
+  using Rest = int8_t;
+  static constexpr bool kSigned = true;
+  static constexpr int kShift = 20;
+  static constexpr uint32_t kBase = 0x37800000, kTop = 127, kSpecial = uint32_t(-128), kSpecialBits = 0x7fc00000;
+  static constexpr float kC = 0x1p-16f, kLargest = 0x1.ep-1f - kC;
+};
+// c = 2^-32 and 3 bits, for what is never negative; the last code is infinity.
+struct UnsignedScheme {
+  using Rest = uint8_t;
+  static constexpr bool kSigned = false;
+  static constexpr int kShift = 20;
+  static constexpr uint32_t kBase = 0x2f800000, kTop = 254, kSpecial = 255, kSpecialBits = kInfinity;
+  static constexpr float kC = 0x1p-32f, kLargest = 0x1.cp-1f - kC;
+};
+using SignedCode = Code<SignedScheme>;
+using UnsignedCode = Code<UnsignedScheme>;
+
+// Which of three kinds a format is.
+template <class Format>
+constexpr bool is_number = false;
+template <>
+constexpr bool is_number<F32> = true;
+template <>
+constexpr bool is_number<F64> = true;
+template <class Format>
+constexpr bool is_code = false;
+template <class Scheme>
+constexpr bool is_code<Code<Scheme>> = true;
+template <class Format>
+constexpr bool is_joined = false;
+template <>
+constexpr bool is_joined<Split16> = true;
+template <>
+constexpr bool is_joined<Split8> = true;
+template <class Half>
+constexpr bool is_joined<Master<Half>> = true;
+template <class Format>
+constexpr bool at_random = false;
+template <class Half>
+constexpr bool at_random<AtRandom<Half>> = true;
+
 }  // namespace ADAMFUSED_TARGET
 }  // namespace adamfused
 
-// Every format, and the torch dtype that names it.
-#define ADAMFUSED_FORMATS(FORMAT) \
-  FORMAT(F32, Float)              \
-  FORMAT(F64, Double)             \
-  FORMAT(BF16, BFloat16)          \
+// The formats of numbers by themselves, which gradients and copies have, and the torch dtype of each.
+#define ADAMFUSED_NUMBER_FORMATS(FORMAT) \
+  FORMAT(F32, Float)                     \
+  FORMAT(F64, Double)                    \
+  FORMAT(BF16, BFloat16)                 \
   FORMAT(F16, Half)
+
+// Every format.
+#define ADAMFUSED_FORMATS(FORMAT)  \
+  ADAMFUSED_NUMBER_FORMATS(FORMAT) \
+  FORMAT(BF16AtRandom)             \
+  FORMAT(F16AtRandom)              \
+  FORMAT(Split16)                  \
+  FORMAT(Split8)                   \
+  FORMAT(MasterBF16)               \
+  FORMAT(MasterF16)                \
+  FORMAT(SignedCode)               \
+  FORMAT(UnsignedCode)

@@ -6,9 +6,10 @@
 
 namespace adamfused {
 
-// A tensor's parts, in this order: the parameter, its gradient, the states of the rule (the average of the weights is
-// the last of them), and behind those a copy of the parameter.
-constexpr int kParam = 0, kGrad = 1, kState = 2, kMaxStates = 4, kSlots = kState + kMaxStates + 1;
+// A tensor's parts: the parameter, its gradient, the states of the rule (the average of the weights is the last of
+// them), a copy of the parameter; then what lies beside the parameter and beside each state.
+constexpr int kParam = 0, kGrad = 1, kState = 2, kMaxStates = 4, kCopy = kState + kMaxStates, kParts = kCopy + 1;
+constexpr int kMaster = kParts, kScale = kMaster + 1, kSlots = kScale + kMaxStates;
 constexpr int kMaxHyper = 8;
 
 #define ADAMFUSED_COUNT(...) +1
@@ -35,9 +36,12 @@ ADAMFUSED_HD size_t size_of(FormatId format) {
 // One tensor. All its parts lie in memory in the same order, without holes.
 struct Span {
   Span() {}            // else a list of them would be filled with zeros first
-  void* data[kSlots];  // null for the copy: there is none
-  FormatId format[kSlots];
+  void* data[kSlots];  // null where there is none
+  FormatId format[kParts];
   bool aligned;    // every part begins at a multiple of 16 bytes
+  uint32_t key;    // of random numbers: of the parameter
+  uint32_t t;      // the step, where its count is on the host
+  uint32_t first;  // the low bits of the first element's index in the whole parameter, of which this may be a shard
   int32_t recipe;  // index into Job::recipes where the rule is made on the device, else into Job::rules
   int64_t numel;   // real numbers; a complex element counts as two
   float* step;     // where the step count lies on the device, or null

@@ -97,6 +97,8 @@ template <class T>
 struct RMSprop {
   using Hyper = RMSpropHyper;
   static constexpr int states = 1;
+  static constexpr uint32_t never_negative = 1;
+  static constexpr bool averages = false;
   Weight<T> w, mu;
   T factor, l2, lr, eps;
 
@@ -108,6 +110,8 @@ struct RMSprop {
             T(now.lr),
             T(h.eps)};
   }
+  ADAMFUSED_HD bool is_usual() const { return !w.far && !mu.far && l2 == T(0); }
+  ADAMFUSED_HD void take_as_usual() { w.far = mu.far = false, l2 = T(0); }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& v) const {
     g = directed(p, g, factor, l2);
@@ -182,6 +186,8 @@ template <class T>
 struct Adam {
   using Hyper = AdamHyper;
   static constexpr int states = 2;
+  static constexpr uint32_t never_negative = 2;
+  static constexpr bool averages = false;
   Weight<T> w1, w2;
   T factor, l2, decay, step_size, inv_root_c2, eps;
 
@@ -199,6 +205,8 @@ struct Adam {
             T(1.0 / root(c2)),
             T(h.eps)};
   }
+  ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
+  ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
   template <class N>
   ADAMFUSED_HD N moved(N p, N m, N v) const {
     N move = step_size * (m / (root(v) * inv_root_c2 + eps));
@@ -217,6 +225,7 @@ struct Adam {
 template <class T>
 struct AmsGrad : Adam<T> {
   static constexpr int states = 3;
+  static constexpr uint32_t never_negative = 6;
 
   ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, const Now& now) { return {Adam<T>::prepare(h, now)}; }
   template <class N>
@@ -234,6 +243,7 @@ struct AmsGrad : Adam<T> {
 template <template <class> class Rule, class T>
 struct Averaged : Rule<T> {
   static constexpr int states = Rule<T>::states + 1;
+  static constexpr bool averages = true;
   Weight<T> ema;
 
   ADAMFUSED_HD static Averaged prepare(const typename Rule<T>::Hyper& h, const Now& now) {

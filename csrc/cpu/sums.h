@@ -23,6 +23,12 @@ inline Vector<double> widen(FloatHalf x) {
 #endif
 }
 
+inline Word load_halves(const uint16_t* from) {
+  Word word;
+  for (int i = 0; i < kWords; ++i) word[i] = from[i];
+  return word;
+}
+
 // Two vectors of doubles from memory.
 template <class Format>
 void load_doubles(const typename Format::Rest* from, Vector<double>* to) {
@@ -30,9 +36,9 @@ void load_doubles(const typename Format::Rest* from, Vector<double>* to) {
     FloatHalf halves[2];
     const Vector<float> x = [from] {
       if constexpr (same<Format, F32>)
-        return load<float, AsIs<float>>(from);
+        return load(from);
       else
-        return load<float, Format>(from);
+        return float_of(Format::widen(load_halves(from)));
     }();
     __builtin_memcpy(halves, &x, sizeof x);
     for (int i = 0; i < 2; ++i) to[i] = widen(halves[i]);
@@ -89,8 +95,10 @@ void sum_chunks(const SumJob& job, int64_t begin, int64_t end) {
   case FormatId::F:                                                                            \
     job.sums[chunk] = sum_chunk<what, F>(static_cast<const F::Rest*>(tensor.data) + start, n); \
     break;
-        ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+        ADAMFUSED_NUMBER_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
+        default:
+          break;
       }
     }
   }

@@ -1,0 +1,443 @@
+// A CPU's way from numbers as they rest to vectors of floats and back. Included by drive.h.
+#pragma once
+
+#include "formats.h"
+#include "job.h"
+
+#define ADAMFUSED_INLINE inline __attribute__((always_inline))
+
+namespace adamfused {
+namespace ADAMFUSED_TARGET {
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+// What comes is asked for this many bytes ahead. The processor's own prefetching ends with each page of memory, and a
+// rule has so many instructions that the next page is not in sight when it does.
+constexpr int kAhead = 512;
+
+inline void ask_for(const void* x) { __builtin_prefetch(static_cast<const char*>(x) + kAhead); }
+
+// What is loaded before anything is stored: 16 floats, which are 64 bytes.
+constexpr int kLine = 16, kWords = ADAMFUSED_VECTOR / 4, kVectors = kLine / kWords;
+
+using Word = Vector<uint32_t>;
+using Float = Vector<float>;
+
+// The words of a line, from the low ends of what rests. On AVX2 the first of two vectors has the numbers 0-3 and 8-11, the
+// second the others, because to interleave and to pack within halves of vectors is several times faster than across them.
+#if ADAMFUSED_VECTOR == 32 && defined(__AVX2__)
+constexpr uint32_t place_of(int i) { return uint32_t(i < 4 ? i : i + 4); }
+constexpr uint32_t kVectorStep = 4;
+
+ADAMFUSED_INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+ADAMFUSED_INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+
+ADAMFUSED_INLINE void load_words(const float* from, Word* word) {
+  for (int j = 0; j < 2; ++j)
+    word[j] = (Word)_mm256_inserti128_si256(_mm256_castsi128_si256(load_128(from + 4 * j)), load_128(from + 4 * j + 8), 1);
+}
+ADAMFUSED_INLINE void load_words(const uint16_t* from, Word* word) {
+  const __m256i x = load_256(from), zero = _mm256_setzero_si256();
+  word[0] = (Word)_mm256_unpacklo_epi16(x, zero), word[1] = (Word)_mm256_unpackhi_epi16(x, zero);
+}
+ADAMFUSED_INLINE void load_upper_words(const uint16_t* from, Word* word) {
+  const __m256i x = load_256(from), zero = _mm256_setzero_si256();
+  word[0] = (Word)_mm256_unpacklo_epi16(zero, x), word[1] = (Word)_mm256_unpackhi_epi16(zero, x);
+}
+ADAMFUSED_INLINE void load_words(const int16_t* from, Word* word) {
+  const __m256i x = load_256(from);
+  word[0] = (Word)_mm256_srai_epi32(_mm256_unpacklo_epi16(x, x), 16);
+  word[1] = (Word)_mm256_srai_epi32(_mm256_unpackhi_epi16(x, x), 16);
+}
+// Bytes to the low or to the high ends of words, with zeros elsewhere.
+ADAMFUSED_INLINE void load_bytes(const void* from, int end, __m256i* word) {
+  const __m256i x = _mm256_broadcastsi128_si256(load_128(from));
+  for (int j = 0; j < 2; ++j) {
+    int32_t place[8];
+    for (int i = 0; i < 8; ++i) place[i] = int32_t((place_of(i) + 4 * uint32_t(j)) << (8 * end) | (0x80808080u & ~(0xffu << (8 * end))));
+    word[j] = _mm256_shuffle_epi8(x, load_256(place));
+  }
+}
+ADAMFUSED_INLINE void load_words(const uint8_t* from, Word* word) {
+  __m256i x[2];
+  load_bytes(from, 0, x);
+  for (int j = 0; j < 2; ++j) word[j] = (Word)x[j];
+}
+ADAMFUSED_INLINE void load_words(const int8_t* from, Word* word) {
+  __m256i x[2];
+  load_bytes(from, 3, x);
+  for (int j = 0; j < 2; ++j) word[j] = (Word)_mm256_srai_epi32(x[j], 24);
+}
+
+// To the low ends; what does not fit is stored as another number.
+ADAMFUSED_INLINE void store_words(const Word* word, float* to) {
+  for (int j = 0; j < 2; ++j) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * j), _mm256_castsi256_si128((__m256i)word[j]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * j + 8), _mm256_extracti128_si256((__m256i)word[j], 1));
+  }
+}
+ADAMFUSED_INLINE void store_words(const Word* word, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_packus_epi32((__m256i)word[0], (__m256i)word[1]));
+}
+ADAMFUSED_INLINE void store_words(const Word* word, uint8_t* to) {
+  const __m256i x = _mm256_packus_epi32((__m256i)word[0], (__m256i)word[1]);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+ADAMFUSED_INLINE void store_words(const Word* word, int8_t* to) {
+  const __m256i x = _mm256_packs_epi32((__m256i)word[0], (__m256i)word[1]);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+#else
+constexpr uint32_t place_of(int i) { return uint32_t(i); }
+constexpr uint32_t kVectorStep = kWords;
+
+template <class Rest>
+ADAMFUSED_INLINE void load_words(const Rest* from, Word* word) {
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (sizeof(Rest) == 4)
+      __builtin_memcpy(word + j, from + j * kWords, sizeof *word);
+    else
+      for (int i = 0; i < kWords; ++i) word[j][i] = uint32_t(from[j * kWords + i]);
+  }
+}
+ADAMFUSED_INLINE void load_upper_words(const uint16_t* from, Word* word) {
+  load_words(from, word);
+  for (int j = 0; j < kVectors; ++j) word[j] <<= 16;
+}
+
+// To the low ends; what does not fit is stored as another number.
+template <class Rest>
+ADAMFUSED_INLINE void store_words(const Word* word, Rest* to) {
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (sizeof(Rest) == 4)
+      __builtin_memcpy(to + j * kWords, word + j, sizeof *word);
+    else
+      for (int i = 0; i < kWords; ++i) to[j * kWords + i] = Rest(word[j][i]);
+  }
+}
+#endif
+
+// The random words of lines that follow one another.
+class Words {
+ public:
+  Words(uint32_t key, uint32_t index) {
+    Word place;
+    for (int i = 0; i < kWords; ++i) place[i] = place_of(i);
+    next_ = counter_at(place + index, key);
+  }
+  // Those of a line's j-th vector.
+  Word of(int j) const { return word_of(next_ + uint32_t(j) * kVectorStep * kGolden); }
+  void next_line() { next_ += uint32_t(kLine) * kGolden; }
+
+ private:
+  Word next_;
+};
+
+// The same for codes.
+struct Dither {
+  Words words;
+  uint32_t t;
+  int slot;
+
+  Word of(int j) const { return dither(words.of(j), t, slot); }
+  void next_line() { words.next_line(); }
+};
+
+// A line of floats from a part as it rests. `scale` is that of codes, which are known to be of finite numbers if so said.
+template <class Format, bool finite = false>
+ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typename Format::Beside* beside, float scale, Float* x) {
+  constexpr bool upper = same<Format, BF16> || same<Format, BF16AtRandom> || same<Format, Split16> || same<Format, Split8>;
+  Word word[kVectors], below[kVectors];
+  if constexpr (upper)
+    load_upper_words(rest, word);
+  else
+    load_words(rest, word);
+  if constexpr (is_joined<Format>) load_words(beside, below);
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (same<Format, F32> || (upper && !is_joined<Format>))
+      x[j] = float_of(word[j]);
+    else if constexpr (is_code<Format>)
+      x[j] = float_of(finite ? Format::decode_finite(word[j], scale) : Format::decode(word[j], scale));
+    else if constexpr (is_joined<Format>)
+      x[j] = float_of(Format::join(word[j], below[j]));
+    else
+      x[j] = float_of(Format::widen(word[j]));
+  }
+}
+
+template <class Format>
+ADAMFUSED_INLINE void store_line(const Float* x, Words& words, typename Format::Rest* rest, typename Format::Beside* beside) {
+  Word word[kVectors], below[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    const Word b = bits_of(x[j]);
+    if constexpr (same<Format, F32>)
+      word[j] = b;
+    else if constexpr (is_joined<Format>)
+      Format::part(b, word[j], below[j]);
+    else if constexpr (at_random<Format>)
+      word[j] = Format::narrow_at_random(b, words.of(j));
+    else
+      word[j] = Format::narrow(b);
+  }
+  if constexpr (at_random<Format>) words.next_line();
+  store_words(word, rest);
+  if constexpr (same<Format, Split16>)
+    store_words(below, reinterpret_cast<uint16_t*>(beside));
+  else if constexpr (same<Format, Split8>)
+    store_words(below, reinterpret_cast<uint8_t*>(beside));
+  else if constexpr (is_joined<Format>)
+    store_words(below, beside);
+}
+
+// Whether all of a block's codes are of finite numbers.
+template <class Format>
+bool all_finite(const typename Format::Rest* rest, int n) {
+  typedef typename Format::Rest Rests __attribute__((vector_size(kLine)));
+  Rests special{};
+  for (int i = 0; i < n; i += kLine) {
+    Rests line;
+    __builtin_memcpy(&line, rest + i, sizeof line);
+    special |= (Rests)(line == typename Format::Rest(Format::kSpecial));
+  }
+  uint64_t any[2];
+  __builtin_memcpy(any, &special, sizeof any);
+  return (any[0] | any[1]) == 0;
+}
+
+// What a block's codes are made with.
+struct Scaling {
+  bool finite;     // all of its numbers are
+  uint32_t power;  // of two: the bits of a float
+};
+
+// `top` has the largest magnitude of each lane, or one that is not finite.
+template <class Format>
+ADAMFUSED_INLINE Scaling scaling_of(const float* numbers, int n, Word top) {
+  uint32_t most = 0;
+  for (int i = 0; i < kWords; ++i) most = larger(most, top[i]);
+  const bool finite = is_finite(most);
+  if (!finite) {
+    most = 0;
+    for (int i = 0; i < n; ++i) most = larger(most, Format::counted(bits_of(numbers[i]) & kMagnitude));
+  }
+  return {finite, Format::power_above(most)};
+}
+
+template <class Format, class Encode>
+ADAMFUSED_INLINE void store_codes(const float* from, int n, Dither words, typename Format::Rest* rest, Encode encode) {
+  for (int i = 0; i < n; i += kLine) {
+    Word b[kVectors], code[kVectors];
+    for (int j = 0; j < kVectors; ++j) __builtin_memcpy(b + j, from + i + j * kWords, sizeof *b);
+    for (int j = 0; j < kVectors; ++j) code[j] = encode(b[j], words.of(j));
+    words.next_line();
+    store_words(code, rest + i);
+  }
+}
+
+// A block of floats to codes and their scale. The floats lie in the order in which lines are in vectors.
+template <class Format>
+ADAMFUSED_INLINE void store_block(const float* from, int n, const Scaling& scaling, Dither words,
+                                  typename Format::Rest* rest, float* scale) {
+  const float inverse = Format::inverse(scaling.power);
+  if (scaling.finite)
+    store_codes<Format>(from, n, words, rest,
+                        [inverse](Word b, Word word) { return Format::encode_finite(b, inverse, word); });
+  else
+    store_codes<Format>(from, n, words, rest,
+                        [inverse](Word b, Word word) { return Format::encode(b, inverse, word); });
+  *scale = Format::scale(scaling.power);
+}
+
+// Where a part lies, and what its random words depend on.
+struct Place {
+  void* data;
+  void* beside;
+  uint32_t key, t, first;
+  int slot;
+
+  template <class Format>
+  typename Format::Rest* rest(int64_t at) const {
+    return static_cast<typename Format::Rest*>(data) + at;
+  }
+  template <class Format>
+  typename Format::Beside* below(int64_t at) const {
+    return static_cast<typename Format::Beside*>(beside) + (is_code<Format> ? at / kBlock : at);
+  }
+  Words words(int64_t at) const { return Words(key_of(key, t, slot), first + uint32_t(at)); }
+  Dither dither(int64_t at) const { return {Words(key_of_dither(key, slot), first + uint32_t(at)), t, slot}; }
+};
+
+// ---- any format, not known before the step ----
+
+constexpr int kStretch = 256;  // numbers that are converted at once: whole blocks
+static_assert(kTile % kStretch == 0 && kStretch % kBlock == 0 && kBlock % kLine == 0, "");
+
+template <class Format>
+void get_lines(const typename Format::Rest* rest, const typename Format::Beside* beside, int n, float* to) {
+  for (int i = 0; i < n; i += kLine) {
+    ask_for(rest + i);
+    float scale = 0;
+    if constexpr (is_code<Format>) scale = beside[i / kBlock];
+    Float x[kVectors];
+    load_line<Format>(rest + i, is_joined<Format> ? beside + i : beside, scale, x);
+    Word word[kVectors];
+    for (int j = 0; j < kVectors; ++j) word[j] = bits_of(x[j]);
+    store_words(word, to + i);
+  }
+}
+
+template <class Format>
+void put_lines(const float* from, int n, const Place& place, int64_t at, typename Format::Rest* rest,
+               typename Format::Beside* beside) {
+  Words words = place.words(at);
+  Dither dither = place.dither(at);
+  constexpr int each = is_code<Format> ? kBlock : kLine;
+  for (int i = 0; i < n; i += each) {
+    if constexpr (is_code<Format>) {
+      const int some = n - i < kBlock ? n - i : kBlock;
+      alignas(64) float kept[kBlock];
+      Word top{}, b[kVectors];
+      for (int j = 0; j < some; j += kLine) {
+        load_words(from + i + j, b);
+        for (int k = 0; k < kVectors; ++k) {
+          top = larger(top, b[k] & kMagnitude);
+          __builtin_memcpy(kept + j + k * kWords, b + k, sizeof *b);
+        }
+      }
+      const Scaling scaling = scaling_of<Format>(kept, some, top);
+      store_block<Format>(kept, some, scaling, dither, rest + i, beside + i / kBlock);
+      for (int j = 0; j < some; j += kLine) dither.next_line();
+    } else {
+      Float x[kVectors];
+      Word word[kVectors];
+      load_words(from + i, word);
+      for (int j = 0; j < kVectors; ++j) x[j] = float_of(word[j]);
+      store_line<Format>(x, words, rest + i, is_joined<Format> ? beside + i : beside);
+    }
+  }
+}
+
+// Runs `work` on whole lines: on a copy, with zeros behind, where n numbers are not.
+template <class Format, class Work>
+void on_lines(const Place& place, int64_t at, int n, bool back, Work work) {
+  using Rest = typename Format::Rest;
+  using Beside = typename Format::Beside;
+  Rest* rest = place.rest<Format>(at);
+  Beside* beside = place.below<Format>(at);
+  if (n % kLine == 0) return work(rest, beside, n);
+  const int lines = (n + kLine - 1) / kLine * kLine;
+  Rest padded[kStretch] = {};
+  __builtin_memcpy(padded, rest, size_t(n) * sizeof(Rest));
+  if constexpr (is_joined<Format>) {
+    Beside padded_beside[kStretch] = {};
+    __builtin_memcpy(padded_beside, beside, size_t(n) * sizeof(Beside));
+    work(padded, padded_beside, lines);
+    if (back) __builtin_memcpy(beside, padded_beside, size_t(n) * sizeof(Beside));
+  } else {
+    work(padded, beside, lines);
+  }
+  if (back) __builtin_memcpy(rest, padded, size_t(n) * sizeof(Rest));
+}
+
+template <class Format>
+__attribute__((noinline)) void get_floats(const Place& place, int64_t at, int n, float* to) {
+  if constexpr (same<Format, F64>) {
+    for (int i = 0; i < n; ++i) to[i] = float(place.rest<F64>(at)[i]);
+  } else {
+    on_lines<Format>(place, at, n, false,
+                     [to](auto* rest, auto* beside, int lines) { get_lines<Format>(rest, beside, lines, to); });
+  }
+}
+
+template <class Format>
+__attribute__((noinline)) void put_floats(const Place& place, int64_t at, int n, const float* from) {
+  if constexpr (same<Format, F64>) {
+    for (int i = 0; i < n; ++i) place.rest<F64>(at)[i] = double(from[i]);
+  } else {
+    on_lines<Format>(place, at, n, true, [&](auto* rest, auto* beside, int lines) {
+      put_lines<Format>(from, lines, place, at, rest, beside);
+    });
+  }
+}
+
+template <class T>
+constexpr FormatId as_is = same<T, float> ? FormatId::F32 : FormatId::F64;
+
+// Where the numbers of a part can be worked on: in place if they rest as T, else in `buffer`, which has room for whole
+// lines.
+template <class T>
+T* get(FormatId format, const Place& place, int64_t at, int n, T* buffer) {
+  if (format == as_is<T>) return static_cast<T*>(place.data) + at;
+  alignas(64) float floats[kStretch];
+  float* to = floats;
+  if constexpr (same<T, float>) to = buffer;
+  switch (format) {
+#define ADAMFUSED_CASE(F, ...)          \
+  case FormatId::F:                     \
+    get_floats<F>(place, at, n, to); \
+    break;
+    ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+  }
+  if constexpr (!same<T, float>)
+    for (int i = 0; i < n; ++i) buffer[i] = T(floats[i]);
+  return buffer;
+}
+
+template <class T>
+void put(FormatId format, const Place& place, int64_t at, int n, const T* from) {
+  if (format == as_is<T>) {
+    T* to = static_cast<T*>(place.data) + at;
+    if (to != from) __builtin_memcpy(to, from, size_t(n) * sizeof(T));
+    return;
+  }
+  alignas(64) float floats[kStretch] = {};
+  const float* numbers = floats;
+  if constexpr (same<T, float>)
+    numbers = from;
+  else
+    for (int i = 0; i < n; ++i) floats[i] = float(from[i]);
+  switch (format) {
+#define ADAMFUSED_CASE(F, ...) \
+  case FormatId::F:            \
+    return put_floats<F>(place, at, n, numbers);
+    ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+  }
+}
+
+// Bytes to memory past the caches, which need not read the lines first nor keep them. `to` is a multiple of 16.
+inline void stream(void* to, const void* from, size_t bytes) {
+  size_t i = 0;
+#ifdef __SSE2__
+  const __m128i* x = static_cast<const __m128i*>(from);
+  for (; i + 16 <= bytes; i += 16) _mm_stream_si128(static_cast<__m128i*>(to) + i / 16, _mm_load_si128(x + i / 16));
+#endif
+  __builtin_memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, bytes - i);
+}
+
+// Before other threads may read what was streamed.
+inline void end_of_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// The numbers of a part, written to a copy of it.
+template <class T>
+void copy_out(FormatId format, const Place& copy, int64_t at, int n, const T* from, bool past_caches) {
+  const size_t size = size_of(format);
+  char* to = static_cast<char*>(copy.data) + size_t(at) * size;
+  if (!past_caches || reinterpret_cast<uintptr_t>(to) % 16 != 0) return put<T>(format, copy, at, n, from);
+  alignas(64) char rest[kStretch * sizeof(double)];
+  put<T>(format, {rest, nullptr, 0, 0, 0, 0}, 0, n, from);
+  stream(to, rest, size_t(n) * size);
+}
+
+}  // namespace ADAMFUSED_TARGET
+}  // namespace adamfused
