@@ -1,6 +1,6 @@
 """Which 8-bit code may the moments of AdamW rest in? A study of errors, then of training; docs/int8.md tells the outcome.
 
-    python benchmarks/int8_codes.py [--quick] [--only {errors,training}] [--json FILE]
+    python benchmarks/int8_codes.py [--effort {quick,default,long}] [--only {errors,digits,characters,words} ...] [--json FILE]
 
 Everything is computed in float32; after each step the moments are put into a code and taken out of it again.
 The numbers are the same in every run on one machine, the losses to the last digits those of its torch.
@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.optim import Optimizer
 
+from adamfused import machine
 from adamfused.demo import data
 from adamfused.demo.mnist import small_cnn
 from adamfused.demo.train import batches
-from adamfused.formats import BLOCK, CODES, Code, Random, get, place_key, put, scales_shape
+from adamfused.formats import CODES, Code, Random, get, place_key, put, scales_shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import charlm  # noqa: E402
@@ -41,42 +42,40 @@ SMALL = 4096  # parameters of fewer elements keep float32 moments
 
 # ---- Dither: 32 random bits an element, which decide between the code below and the one above ------
 
-
-Dither = Callable[[int, int, int], Tensor]
-"""Of the number of elements, the place of the tensor and the step: words, int64 in 0..2^32-1."""
-HALF, WORD = 0x80000000, 0xFFFFFFFF
-GOLDEN = 0x9E3779B9  # 2^32 times the golden ratio's fraction, the slowest to come near to where it was
-PLANE = 0xC13FA9A9, 0x91E10DA5  # the same for two dimensions: of the powers of 1.3247, x^3 = x + 1
+Dither = Callable[[Random, int], Tensor]
+"""Of a tensor and step, and the number of elements: words, int64 in 0..2^32-1."""
+WORD = 0xFFFFFFFF
+PLANE = 0xC13FA9A9, 0x91E10DA5  # 2^32 over 1.3247, the root of x^3 = x + 1, and over its square
 
 
-def nearest(n: int, place: int, t: int) -> Tensor:
+def nearest(random: Random, n: int) -> Tensor:
     """No dither: halves go up."""
-    return torch.tensor(HALF)
+    return torch.tensor(0x80000000)
 
 
-def fresh(n: int, place: int, t: int) -> Tensor:
-    """Another hash in each step."""
-    return Random.at_step(place_key(0, place), t).words(n, torch.device("cpu"))
+def fresh(random: Random, n: int) -> Tensor:
+    """Another hash of the element in each step."""
+    return random.words(n, torch.device("cpu"))
 
 
-@cache
-def _start(n: int, place: int) -> Tensor:
-    return Random(place_key(0, place)).words(n, torch.device("cpu"))
+def golden(random: Random, n: int) -> Tensor:
+    """One hash of the element for all steps and both moments; each step adds the golden ratio to it."""
+    return random.dither(n, torch.device("cpu"))
 
 
-def golden(n: int, place: int, t: int) -> Tensor:
-    """One hash an element for all steps; each step adds the golden ratio to it."""
-    return (_start(n, place) + t * GOLDEN) & WORD
+def apart(random: Random, n: int) -> Tensor:
+    """The same, with a hash for each moment."""
+    return golden(random._replace(key=random.key + random.slot, slot=0), n)
 
 
-def lattice(n: int, place: int, t: int) -> Tensor:
-    """No hash: the two dimensions are the element and the step."""
-    return (torch.arange(n) * PLANE[0] + t * PLANE[1] + place_key(0, place)) & WORD
+def lattice(random: Random, n: int) -> Tensor:
+    """No hash: the element times one number plus the step times another."""
+    return (torch.arange(n) * PLANE[0] + random.t * PLANE[1] + random.slot * (WORD // 3)) & WORD
 
 
 def upper(bits: int, dither: Dither) -> Dither:
     """The upper bits of a dither alone."""
-    return lambda n, place, t: dither(n, place, t) & ~(WORD >> bits)
+    return lambda random, n: dither(random, n) & ~(WORD >> bits)
 
 
 # ---- Codes: from a number to one that 8 bits can tell ----------------------------------------------
@@ -102,8 +101,8 @@ def code_of(mantissa: int, signed: bool) -> Code:
     return Code(2.0**-octaves, mantissa, 127 if signed else 254, -128 if signed else 255)
 
 
-def log_linear(mantissa: int, block: int = 128, power: bool = False) -> Coder:
-    """Codes as formats.py has them; ``power``: a block is scaled to a power of two."""
+def log_linear(mantissa: int, block: int = 128, power: bool = True) -> Coder:
+    """Codes as formats.py has them; ``power``: a block's scale is a power of two, not its largest number's."""
 
     def coded(x: Tensor, signed: bool, words: Callable[[int], Tensor]) -> Tensor:
         code = code_of(mantissa, signed)
@@ -125,7 +124,11 @@ def log_linear(mantissa: int, block: int = 128, power: bool = False) -> Coder:
 
 
 def even(
-    block: int = 128, root: bool = False, floor: bool = False, soft: bool = False, half: bool = False
+    block: int = 128,
+    root: bool = False,
+    floor: bool = False,
+    soft: bool = False,
+    half: bool = False,
 ) -> Coder:
     """Evenly spaced parts of the block's largest.
 
@@ -189,11 +192,12 @@ class Candidate(NamedTuple):
 
     def coded(self, m: Tensor, v: Tensor, place: int, t: int) -> tuple[Tensor, Tensor]:
         """Both moments of the tensor at a place, as they come back after step ``t``."""
-        words = [partial(self.dither, place=2 * place + i, t=t) for i in range(2)]
+        random = Random.at_step(place_key(0, place), t)
+        words = [partial(self.dither, random.of(slot)) for slot in (2, 3)]
         return self.m(m, True, words[0]), self.v(v, False, words[1])
 
 
-def ours(m: int, v: int, dither: Dither, block: int = 128, power: bool = False) -> Candidate:
+def ours(m: int, v: int, dither: Dither, block: int = 128, power: bool = True) -> Candidate:
     return Candidate(log_linear(m, block, power), log_linear(v, block, power), dither)
 
 
@@ -205,39 +209,39 @@ SOFT = even(32, root=True, soft=True, half=True)
 ROOT = even(root=True, floor=True)
 CANDIDATES: dict[str, Candidate] = {
     "float32": both(exact),
-    "m3 v4, nearest": ours(3, 4, nearest),
-    "m3 v4, fresh": ours(3, 4, fresh),
-    "m3 v4, golden": ours(3, 4, golden),
-    "m3 v3, nearest": ours(3, 3, nearest),
-    "m3 v3, fresh": ours(3, 3, fresh),
     "m3 v3, golden": ours(3, 3, golden),
+    "m3 v3, golden, a hash each": ours(3, 3, apart),
     "m3 v3, golden, 16 bits": ours(3, 3, upper(16, golden)),
     "m3 v3, golden, 8 bits": ours(3, 3, upper(8, golden)),
     "m3 v3, lattice": ours(3, 3, lattice),
-    "m3 v3, fresh, power of 2": ours(3, 3, fresh, power=True),
-    "m3 v3, golden, power of 2": ours(3, 3, golden, power=True),
-    "m3 v4, golden, power of 2": ours(3, 4, golden, power=True),
+    "m3 v3, fresh": ours(3, 3, fresh),
+    "m3 v3, nearest": ours(3, 3, nearest),
+    "m3 v3, golden, largest exact": ours(3, 3, golden, power=False),
+    "m3 v3, fresh, largest exact": ours(3, 3, fresh, power=False),
+    "m3 v3, nearest, largest exact": ours(3, 3, nearest, power=False),
     "m3 v3, golden, blocks of 32": ours(3, 3, golden, 32),
     "m3 v3, golden, blocks of 64": ours(3, 3, golden, 64),
     "m3 v3, golden, blocks of 256": ours(3, 3, golden, 256),
-    "m4 v3, golden": ours(4, 3, golden),
-    "m4 v4, golden": ours(4, 4, golden),
     "m2 v3, golden": ours(2, 3, golden),
+    "m4 v3, golden": ours(4, 3, golden),
+    "m3 v4, golden": ours(3, 4, golden),
+    "m4 v4, golden": ours(4, 4, golden),
+    "m3 v4, fresh, largest exact": ours(3, 4, fresh, power=False),
     "m3 v5, golden": ours(3, 5, golden),
-    "m3, v in float32": Candidate(log_linear(3), exact, golden),
-    "m in float32, v3": Candidate(exact, log_linear(3), golden),
-    "absmax": both(even()),
-    "absmax, fresh": both(even(), fresh),
-    "roots, floor": both(ROOT),
-    "roots, floor, fresh": both(ROOT, fresh),
+    "m3 alone, golden": Candidate(log_linear(3), exact, golden),
+    "v3 alone, golden": Candidate(exact, log_linear(3), golden),
+    "absmax, nearest": both(even()),
+    "absmax, golden": both(even(), golden),
+    "roots, floor, nearest": both(ROOT),
+    "roots, floor, golden": both(ROOT, golden),
     "softsign, groups of 32": both(SOFT),
-    "softsign, fresh": both(SOFT, fresh),
+    "softsign, golden": both(SOFT, golden),
     "dynamic, blocks of 256": both(dynamic),
 }
 
 # ---- Errors: the same gradients, with float32 moments and with coded ones --------------------------
 
-ELEMENTS = 8192  # of a scenario
+ELEMENTS = 4096  # of a scenario
 TURN = 100  # steps after which gradients change, where they do; and steps of a displacement
 SCENARIOS = {
     "plain": "a mean of 0.2 and a deviation of 1",
@@ -253,6 +257,7 @@ SCENARIOS = {
     "stops": "every other row of 32 has none after 100 steps",
 }
 NAMES = tuple(SCENARIOS)
+DRIFT = "rows that stopped, beta1 0.99, learning rates a step"
 
 
 def gradients(steps: int) -> Iterator[Tensor]:
@@ -341,7 +346,7 @@ def errors(candidate: Candidate, steps: int) -> dict[str, list[float]]:
         "v at the end, median of the ratio": ratio.median(1).values.tolist(),
         "v at the end, relative": (ratio - 1).square().mean(1).sqrt().tolist(),
         "largest step": found.worst.tolist(),
-        "rows that stopped, beta1 0.99, learning rates a step": [drift.abs().mean().item() / TURN],
+        DRIFT: [drift.abs().mean().item() / TURN],
     }
 
 
@@ -352,13 +357,13 @@ def _right(steps: int) -> Walk:
 
 def shipped(candidate: Candidate) -> bool:
     """Whether formats.py codes both moments in the candidate's way, bit for bit."""
-    x, random = next(gradients(1)), Random(12345)
+    x, random = next(gradients(1)), Random.at_step(12345, 1)
     for dtype, coder in zip(CODES, candidate[:2], strict=True):
         x = x if dtype.is_signed else x.abs()
         codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(scales_shape(x.shape))
         put(x, codes, scale, random)
-        words = random.words(-(-x.numel() // BLOCK) * BLOCK, x.device)
-        if not get(codes, torch.float32, scale).equal(coder(x, dtype.is_signed, lambda n: words)):
+        words = partial(candidate.dither, random)
+        if not get(codes, torch.float32, scale).equal(coder(x, dtype.is_signed, words)):
             return False
     return True
 
@@ -468,3 +473,106 @@ TASKS: dict[str, Callable[..., float]] = {
     "characters": characters,
     "words": words,
 }
+OURS = "m3 v3, golden"
+TRAINED = (
+    "float32",
+    OURS,
+    "m3 v3, nearest",
+    "absmax, nearest",
+    "softsign, groups of 32",
+    "dynamic, blocks of 256",
+)
+
+
+class Effort(NamedTuple):
+    """How much is tried.
+
+    Args:
+        walk: steps of a walk.
+        steps: of each task.
+        trained: the candidates that train.
+        seeds: of float32, and of the others.
+    """
+
+    walk: int = 1000
+    steps: Mapping[str, int] = {"digits": 100, "characters": 60, "words": 300}
+    trained: Sequence[str] = TRAINED
+    seeds: tuple[int, int] = (5, 2)
+
+
+EFFORTS = {
+    "quick": Effort(250, {"digits": 20, "characters": 4, "words": 40}, TRAINED, (2, 1)),
+    "default": Effort(),
+    "long": Effort(1000, {"digits": 300, "characters": 500, "words": 1000}, TRAINED[:2], (5, 5)),
+}
+
+# ---- Tables ----------------------------------------------------------------------------------------
+
+
+def number(x: float) -> str:
+    return f"{x:.2g}" if math.isfinite(x) else str(x)
+
+
+def compare_errors(effort: Effort) -> dict[str, dict[str, list[float]]]:
+    """Prints a line a candidate and scenario, and returns every figure."""
+    found: dict[str, dict[str, list[float]]] = {}
+    heads = " ".join(f"{name:>15}" for name in NAMES)
+    print(
+        "NMSE of the way of the weights in the first and last 100 steps; * is what formats.py does"
+    )
+    print(f"{'':32}{heads} {'stopped':>8} {'largest':>8}")
+    for name, candidate in CANDIDATES.items():
+        its = found[name] = errors(candidate, effort.walk)
+        first, last = its["first 100 steps, NMSE"], its["last 100 steps, NMSE"]
+        cells = [f"{number(a) + ' ' + number(b):>15}" for a, b in zip(first, last, strict=True)]
+        ends = [its[DRIFT][0], max(its["largest step"])]
+        mark = "*" if name != "float32" and shipped(candidate) else " "
+        print(
+            f"{mark}{name:31}{' '.join(cells)} {number(ends[0]):>8} {number(ends[1]):>8}",
+            flush=True,
+        )
+    return found
+
+
+def compare_training(tasks: Sequence[str], effort: Effort) -> dict[str, dict[str, list[float]]]:
+    """Prints a line a task and candidate, and returns every loss."""
+    found: dict[str, dict[str, list[float]]] = {}
+    print(
+        "\nLoss on what was held out, nats: mean, deviation, and what it is beyond that of float32"
+    )
+    for task in tasks:
+        steps = effort.steps[task]
+        losses = found[f"{task}, {steps} steps"] = {}
+        for name in effort.trained:
+            make = partial(Coded, candidate=CANDIDATES[name])
+            seeds = effort.seeds[name != "float32"]
+            its = losses[name] = [TASKS[task](make, seed, steps) for seed in range(seeds)]
+            beyond = fmean(x - y for x, y in zip(its, losses["float32"], strict=False))
+            spread = f"{stdev(its):.4f}" if len(its) > 1 else ""
+            print(
+                f"{task:12}{steps:5} steps  {name:24}{fmean(its):8.4f} {spread:>8} {beyond:+8.4f}",
+                flush=True,
+            )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compares, and writes what was found."""
+    parser = argparse.ArgumentParser(description="Compare 8-bit codes of AdamW's moments.")
+    parser.add_argument("--effort", choices=EFFORTS, default="default")
+    parser.add_argument("--only", nargs="+", choices=["errors", *TASKS], default=["errors", *TASKS])
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure")
+    args = parser.parse_args(argv)
+    effort = EFFORTS[args.effort]
+    torch.set_num_threads(1)  # so that sums have one order, and others may use the machine
+    found: dict[str, Any] = machine.facts()
+    if "errors" in args.only:
+        found["scenarios"] = SCENARIOS
+        found["errors"] = compare_errors(effort)
+    found["losses"] = compare_training([task for task in TASKS if task in args.only], effort)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
