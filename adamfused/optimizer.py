@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, memory, reference
 from .base import Plan, as_number
 from .checkpoints import Checkpoints
 from .clip import Clipping
@@ -26,6 +26,32 @@ class FusedOptimizer(States, Clipping, Checkpoints):
     A subclass gives `_plan` and the class attributes of :class:`adamfused.base.BaseOptimizer`, and passes torch's own
     defaults to ``__init__``.
     """
+
+    def memory_summary(self) -> memory.MemorySummary:
+        """The bytes that parameters, gradients, states and copies take, and those that a step moves, by kind of tensor.
+
+        Told from the dtypes of the states, or of those that the first step will make. Of sharded parameters it is what
+        this rank holds. ``print`` shows a table.
+
+        Example:
+            >>> import torch, adamfused
+            >>> weight = torch.nn.Parameter(torch.ones(1024, 1024, dtype=torch.bfloat16))
+            >>> optimizer = adamfused.AdamW([weight], master_weights="split16", state_dtype="int8")
+            >>> print(optimizer.memory_summary())
+            Memory of 1,048,576 parameters
+            <BLANKLINE>
+                           resident              moved
+                        B/parameter    MB  B/parameter     MB
+            ----------  -----------  ----  -----------  -----
+            parameter          2.00  2.10         4.00   4.19
+            gradient           2.00  2.10         2.00   2.10
+            exp_avg            1.00  1.05         2.00   2.10
+            exp_avg_sq         1.00  1.05         2.00   2.10
+            master             2.00  2.10         4.00   4.19
+            scales             0.06  0.07         0.12   0.13
+            total              8.06  8.45        14.12  14.81
+        """
+        return memory.summary(self)
 
     # Not under torch.no_grad() as a whole: the kernels do not need it, and an interrupt (Ctrl-C) that arrives while
     # its Python code sets the mode back would leave gradients off for the rest of the process.
