@@ -140,6 +140,6 @@ def _check_weights(
         ):
             if is_there != shape:
                 raise ValueError(
-                    f"weights[{name!r}] has shape {tuple(is_there)}; expected {tuple(shape)}, and sharded as in the model; "
-                    "they are of another model"
+                    f"weights[{name!r}] has shape {tuple(is_there)}; expected {tuple(shape)}, sharded as in the "
+                    "model; they are of another model"
                 )

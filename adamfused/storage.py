@@ -145,7 +145,7 @@ def new_master(param: Tensor, kind: str) -> Tensor:
     """That of a weight which is the parameter as it is."""
     if kind == "fp32":
         return param.detach().to(torch.float32, memory_format=torch.preserve_format)
-    return new_state(param, MASTERS[kind])
+    return torch.zeros_like(param, dtype=MASTERS[kind], requires_grad=False)
 
 
 def weight(param: Tensor, master: Tensor | None) -> Tensor:
@@ -228,7 +228,7 @@ def _master_in(param: Tensor, saved: Tensor | None, kind: str) -> Tensor:
         return new_master(param, kind)
     if saved.dtype == MASTERS[kind]:
         return saved
-    master = new_state(param, MASTERS[kind])
+    master = torch.empty_like(param, dtype=MASTERS[kind], requires_grad=False)
     here, beside = local(param.detach()), local(master)
     visible = torch.empty_like(here)
     formats.put(formats.get(here, torch.float32, local(saved)), visible, beside)
