@@ -232,8 +232,7 @@ def _master_in(param: Tensor, saved: Tensor | None, kind: str) -> Tensor:
     here, beside = local(param.detach()), local(master)
     visible = torch.empty_like(here)
     formats.put(formats.get(here, torch.float32, local(saved)), visible, beside)
-    if (
-        kind == "split8"
-    ):  # 24 bits may round up to the next visible weight, but loading leaves parameters alone
+    if kind == "split8":
+        # 24 bits may round up to the next visible weight, and loading leaves parameters alone.
         beside.copy_(torch.where(visible == here, beside, 127))
     return master
