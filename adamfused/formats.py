@@ -227,13 +227,17 @@ class Code(NamedTuple):
     @property
     def largest(self) -> float:
         """What the largest magnitude of a block is scaled to."""
-        return _rounded(float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c)
+        return _rounded(
+            float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c
+        )
 
 
 CODES = {
     torch.int8: Code(c=2.0**-16, mantissa=3, top=127, special=-128),
     torch.uint8: Code(c=2.0**-32, mantissa=3, top=254, special=255),
 }
+
+
 def scales_shape(shape: torch.Size) -> tuple[int, ...]:
     """The shape of the scales of a tensor: by rows where a row is whole blocks, so that both can be sharded alike."""
     row = shape[1:].numel()

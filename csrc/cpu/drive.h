@@ -261,7 +261,8 @@ void run(const Job& job, int64_t begin, int64_t end) {
     }
     MoveAs<Rule> move_as = nullptr;
     if constexpr (same<T, float>) move_as = way_to_move<Rule>(span, rule.is_usual());
-    const int64_t lines = first + (past - first) / kLine * kLine, whole = lines == past ? past : lines / kBlock * kBlock;
+    const int64_t lines = first + (past - first) / kLine * kLine,
+                  whole = lines == past ? past : lines / kBlock * kBlock;
     for (int64_t start = first; start < past;) {
       if (move_as && start < whole) start = move_as(rule, places, start, whole);
       if (start == past) break;
