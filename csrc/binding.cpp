@@ -19,6 +19,7 @@ struct Found {
   size_t place;  // in its group
   Parts parts;
   const at::Tensor* count;
+  bool usual;  // its state has no more entries than were asked for
 };
 
 class Gatherer {
@@ -46,7 +47,7 @@ class Gatherer {
     const bool copied = copies.size() == params.size();
     for (size_t i = 0; i < params.size(); ++i) {  // the size is asked anew each time: init runs user code
       PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
-      Found found{i, {}, nullptr};
+      Found found{i, {}, nullptr, true};
       if ((found.parts[kParam] = hold_tensor(object)) != nullptr) {
         const at::Tensor& grad = found.parts[kParam]->unsafeGetTensorImpl()->grad();
         if (!grad.defined()) continue;
@@ -71,12 +72,15 @@ class Gatherer {
           for (size_t k = 0; k < states; ++k)
             found.parts[kState + k] = hold_tensor(look_up(PyTuple_GET_ITEM(keys.ptr(), k)));
           if (copied) found.parts[kCopy] = hold_tensor(PyList_GET_ITEM(copies.ptr(), Py_ssize_t(i)));
+          Py_ssize_t expected = Py_ssize_t(1 + states + !master.is_none());
           if (!master.is_none()) found.parts[kMaster] = hold_tensor(look_up(master.ptr()));
           for (size_t k = 0; k < states; ++k) {
             const at::Tensor* state = found.parts[kState + k];
-            if (state != nullptr && is_code(state->scalar_type()))
-              found.parts[kScale + k] = hold_tensor(look_up(PyTuple_GET_ITEM(scales.ptr(), k)));
+            if (state == nullptr || !is_code(state->scalar_type())) continue;
+            found.parts[kScale + k] = hold_tensor(look_up(PyTuple_GET_ITEM(scales.ptr(), k)));
+            ++expected;
           }
+          found.usual = PyDict_Size(entry) <= expected;
         }
       }
       all.push_back(found);
@@ -149,7 +153,7 @@ struct Row {
   }
   Chance chance(size_t place) const {
     if (place_keys.empty()) return {};
-    return {uint32_t(place_keys[place]), uint32_t(uint64_t(firsts[place]))};
+    return {true, uint32_t(place_keys[place]), uint32_t(uint64_t(firsts[place]))};
   }
 };
 
@@ -176,7 +180,7 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     work.expect(found_here.size());
     for (Found& found : found_here) {
       const Chance chance = row.chance(found.place);
-      bool moves = found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
+      bool moves = found.usual && found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
                    mastered == (found.parts[kMaster] != nullptr);
       for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
       if (moves && work.add(group, found.parts, *found.count, chance)) continue;
@@ -286,7 +290,7 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
     }
     if (!copies.empty()) parts[kCopy] = &copies[i];
     if (!masters.empty()) parts[kMaster] = &masters[i];
-    if (!place_keys.empty()) chance = {uint32_t(place_keys[i]), uint32_t(uint64_t(firsts[i]))};
+    if (!place_keys.empty()) chance = {true, uint32_t(place_keys[i]), uint32_t(uint64_t(firsts[i]))};
     TORCH_CHECK(work.add(group, parts, steps[i], chance), "adamfused::step_: parameter ", i,
                 " cannot be moved by the native kernels; an optimizer's step() outside of torch.compile says why");
   }

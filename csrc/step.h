@@ -110,6 +110,7 @@ struct Common {
 
 // What a parameter's random numbers depend on, besides its step.
 struct Chance {
+  bool given = false;
   uint32_t key = 0, first = 0;  // as in Span
 };
 
@@ -160,7 +161,7 @@ class Step {
         if (k != kGrad && seen[k].inference && !c10::InferenceMode::is_enabled()) return false;
       }
     }
-    if (!find_formats(group, parts, seen)) return false;
+    if (!find_formats(group, parts, chance, seen)) return false;
     for (int i = shaped; i < count; ++i)
       if (!is_scale(*parts[slots[i]], param, seen[slots[i]])) return false;
     if (!usual) {
@@ -324,12 +325,13 @@ class Step {
   }
 
   // Completes the formats of what was looked at, or says that there is none.
-  static bool find_formats(const Group& group, const Parts& parts, Seen* seen) {
+  static bool find_formats(const Group& group, const Parts& parts, const Chance& chance, Seen* seen) {
     for (int k = 0; k < kParts; ++k) {
       if (parts[k] == nullptr) continue;
       const bool is_state = k >= kState && k < kCopy;
       if (is_state && is_code(seen[k].type)) {
-        if (parts[kScale + k - kState] == nullptr || at::isComplexType(seen[kParam].type)) return false;
+        if (parts[kScale + k - kState] == nullptr || !chance.given || at::isComplexType(seen[kParam].type))
+          return false;
         seen[k].format = seen[k].type == at::kChar ? FormatId::SignedCode : FormatId::UnsignedCode;
       } else {
         if (!seen[k].has_format) return false;
