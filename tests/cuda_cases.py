@@ -6,18 +6,49 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
-from ctypes import c_void_p
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from cuda_library import SLOTS, Job, Kernels, Memory, Recipe, Rule, Span, numbers_of_nothing
-from helpers import differing, wild
+from cuda_formats import (
+    BF16,
+    BF16_AT_RANDOM,
+    CODE,
+    F16,
+    F16_AT_RANDOM,
+    F32,
+    F64,
+    MASTER_BF16,
+    MASTER_F16,
+    SPLIT8,
+    SPLIT16,
+    UNSIGNED,
+    Format,
+    wrong_numbers,
+)
+from cuda_library import (
+    CODES,
+    COPY,
+    DOUBLES,
+    FLOATS,
+    HALVES,
+    MASTER,
+    PARTS,
+    SCALE,
+    Job,
+    Kernels,
+    Kind,
+    Memory,
+    Place,
+    Recipe,
+    Rule,
+    Span,
+    numbers_of_nothing,
+)
+from helpers import wild
 from torch import Tensor
 
-from adamfused import formats, reference, rules
-
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+from adamfused import formats, rules
 
 
 class Group(NamedTuple):
@@ -29,29 +60,29 @@ class Group(NamedTuple):
 
 class Item(NamedTuple):
     numel: int
-    dtypes: tuple[torch.dtype, ...]  # of the parameter, the gradient and the states
-    shifts: tuple[int, ...] = (
-        0,
-    ) * SLOTS  # elements past a multiple of 16 bytes; the copy's is the last
+    formats: tuple[Format, ...]  # of the parameter, the gradient and the states; see `formats_of`
+    shifts: tuple[int, ...] = (0,) * PARTS  # elements past a multiple of 16 bytes; the copy's last
     count: int = 0  # steps made before
     on_device: bool = False  # the count
     group: int = 0
-    copy: torch.dtype | None = None
+    copy: Format | None = None
+    first: int = 0  # its first element's place in the whole parameter, of which it may be a shard
 
 
 STATES = {"rmsprop": "v", "rmsprop_momentum": "v buf", "rmsprop_centered": "v mean"}
 STATES |= {"rmsprop_centered_momentum": "v buf mean", "adam": "m v", "amsgrad": "m v top"}
+NEVER_NEGATIVE = ("v", "top")
 RULES = [Rule(name, averaged) for averaged in (False, True) for name in STATES]
 ADAM, AVERAGED_ADAM = Rule("adam"), Rule("adam", averaged=True)
 RMSPROP_GROUPS = [
     Group((0.99, 1e-8, 0.0, 0.9, 0.0), 1e-2, None, 0.999),
-    Group((0.3, 1e-6, 0.1, 0.2, 1.0), 0.1, F32, 0.3),
-    Group((0.9, 0.0, 0.01, 0.6, 0.0), 1e-3, F64, 0.75),
+    Group((0.3, 1e-6, 0.1, 0.2, 1.0), 0.1, torch.float32, 0.3),
+    Group((0.9, 0.0, 0.01, 0.6, 0.0), 1e-3, torch.float64, 0.75),
 ]
 ADAM_GROUPS = [
     Group((0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0), 1e-3, None, 0.999),
-    Group((0.3, 0.95, 1e-8, 0.1, 0.0, 1.0, 1.0), 0.1, F32, 0.3),
-    Group((0.9, 0.99, 0.0, 0.1, 1.0, 0.0, 0.0), 1e-2, F64, 0.75),
+    Group((0.3, 0.95, 1e-8, 0.1, 0.0, 1.0, 1.0), 0.1, torch.float32, 0.3),
+    Group((0.9, 0.99, 0.0, 0.1, 1.0, 0.0, 0.0), 1e-2, torch.float64, 0.75),
 ]
 FACTOR = 0.37  # exact in no format
 
@@ -64,9 +95,48 @@ def parts_of(rule: Rule) -> list[str]:
     return ["p", "g", *STATES[rule.name].split(), *(["e"] if rule.averaged else [])]
 
 
+def formats_of(rule: Rule, several: Sequence[Format]) -> list[tuple[str, Format]]:
+    """Of each part. Codes of states that are never negative have no sign."""
+    pairs = zip(parts_of(rule), several, strict=False)
+    return [(k, UNSIGNED if f is CODE and k in NEVER_NEGATIVE else f) for k, f in pairs]
+
+
 @functools.cache
-def numbers() -> Tensor:
-    return wild(np.random.default_rng(0), 1 << 18, F64, specials=0.02)
+def numbers(specials: float) -> Tensor:
+    return wild(np.random.default_rng(0), 1 << 18, torch.float64, specials)
+
+
+class Part(NamedTuple):
+    """Where a part of a tensor lies."""
+
+    name: str
+    format: Format
+    rest: Place
+    beside: Place | None
+
+    def of(self, memory: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.rest.of(memory), self.beside and self.beside.of(memory)
+
+
+def move(
+    rule: Rule,
+    hyper: Sequence[float],
+    now: rules.Now,
+    parts: Sequence[tuple[Format, Tensor, Tensor | None]],
+    copy: Tensor | None,
+    random: formats.Random,
+) -> None:
+    """What the oracle makes of a parameter, a gradient and states."""
+    arithmetic = torch.float64 if parts[0][0] is F64 else torch.float32
+    made = rules.Averaged(rule.name, hyper, now, rules.round_to(arithmetic))
+    moved = (made if rule.averaged else made.rule)(
+        *(formats.get(rest, arithmetic, beside) for _, rest, beside in parts)
+    )
+    for slot, x in zip([0, *range(2, len(parts))], moved, strict=True):
+        format, rest, beside = parts[slot]
+        formats.put(x, rest, beside, random.of(slot) if format.by_chance else None)
+    if copy is not None:
+        formats.put(moved[0], copy)
 
 
 class Case:
@@ -86,24 +156,28 @@ class Case:
         pages: str = "",
     ) -> None:
         self.rule, self.items = rule, items
-        self.groups, self.parts = groups_of(rule), parts_of(rule)
-        self.in_double = items[0].dtypes[0] is F64
+        self.groups = groups_of(rule)
+        self.in_double = items[0].formats[0] is F64
         self.factor, self.found_inf = factor, found_inf
         self.memory = Memory(pages)
-        place, kinds = self.memory.place, range(len(self.parts))
-        self.places = [[place(i.numel, i.dtypes[k], i.shifts[k]) for k in kinds] for i in items]
-        self.copies = [place(i.numel, i.copy, i.shifts[-1]) if i.copy else None for i in items]
-        self.counts = [place(1, F32) if i.on_device else None for i in items]
+        place = self.memory.place
+        self.parts = [self.places_of(item) for item in items]
+        self.copies = [place(i.numel, i.copy.rest, i.shifts[-1]) if i.copy else None for i in items]
+        self.counts = [place(1, torch.float32) if i.on_device else None for i in items]
         self.rates = [place(1, g.lr_dtype) if g.lr_dtype else None for g in self.groups]
-        self.factor_place, self.found_inf_place = place(1, F64), place(1, F32)
+        self.factor_place, self.found_inf_place = place(1, torch.float64), place(1, torch.float32)
+        self.keys = [formats.place_key(0, i) for i in range(len(items))]
 
         self.start = self.memory.rubbish()
         rng = np.random.default_rng(0)
-        for item, places, count in zip(items, self.places, self.counts, strict=True):
-            for name, at in zip(self.parts, places, strict=True):
-                begin = int(rng.integers(len(numbers()) - item.numel))
-                x = numbers()[begin : begin + item.numel]
-                at.of(self.start).copy_(x.abs() if name in ("v", "top") else x)
+        for item, parts, count in zip(items, self.parts, self.counts, strict=True):
+            for part in parts:
+                several = numbers(0.002 if part.beside else 0.02)
+                begin = int(rng.integers(len(several) - item.numel))
+                x = several[begin : begin + item.numel]
+                part.format.fill(
+                    x.abs() if part.name in NEVER_NEGATIVE else x, *part.of(self.start)
+                )
             if count:
                 count.of(self.start).fill_(item.count)
         for group, rate in zip(self.groups, self.rates, strict=True):
@@ -113,15 +187,26 @@ class Case:
             self.factor_place.of(self.start).fill_(factor)
         self.expected = self.moved_by_the_oracle()
 
+    def places_of(self, item: Item) -> list[Part]:
+        parts = []
+        several = zip(formats_of(self.rule, item.formats), item.shifts, strict=False)
+        for (name, format), shift in several:
+            rest = self.memory.place(item.numel, format.rest, shift)
+            beside = None
+            if format.beside:
+                beside = self.memory.place(format.numel_beside(item.numel), format.beside, shift)
+            parts.append(Part(name, format, rest, beside))
+        return parts
+
     def made_there(self, item: Item) -> bool:
         """Whether the rule of a tensor is made on the device."""
         return item.on_device or self.factor is not None
 
     def moved_by_the_oracle(self) -> Tensor:
         memory = self.memory.copy_of(self.start)
-        parts = zip(self.items, self.places, self.copies, self.counts, strict=True)
-        for item, places, copy, count in parts:
-            p, g, *states = (place.of(memory) for place in places)
+        several = zip(self.items, self.parts, self.copies, self.counts, self.keys, strict=True)
+        for item, places, copy, count, key in several:
+            parts = [(part.format, *part.of(memory)) for part in places]
             group, rate = self.groups[item.group], self.rates[item.group]
             lr = float(rate.of(memory)) if rate and self.made_there(item) else group.lr
             for steps, overflow in enumerate(self.found_inf):
@@ -129,35 +214,41 @@ class Case:
                     continue
                 t = float(count.of(memory).add_(1)) if count else item.count + steps + 1
                 now = rules.Now(lr, t, 1.0 if self.factor is None else self.factor, group.ema_decay)
-                to = copy and copy.of(memory)
-                reference.step(self.rule.name, group.hyper, now, p, g, states, to)
+                random = formats.Random.at_step(key, t, item.first)
+                move(self.rule, group.hyper, now, parts, copy and copy.of(memory), random)
         if self.found_inf[-1] is not None:
             self.found_inf_place.of(memory).fill_(self.found_inf[-1])
         return memory
 
     def step(self, kernels: Kernels, memory: Tensor, steps: int) -> str | None:
         """The step that comes after as many: what the launch says."""
-        base, size = memory.data_ptr(), kernels.about(self.rule, self.in_double).size
+        base = memory.data_ptr()
         spans = (Span * len(self.items))()
         ctypes.memset(spans, 0xAB, ctypes.sizeof(spans))
         made: dict[tuple[int, float], int] = {}  # (group, count): index of a rule made on the host
         recipes: dict[tuple[int, float], int] = {}  # the same, of those made on the device
-        for span, item, places, copy, count in zip(
-            spans, self.items, self.places, self.copies, self.counts, strict=True
+        for span, item, parts, copy, count, key in zip(
+            spans, self.items, self.parts, self.copies, self.counts, self.keys, strict=True
         ):
-            used = [*places, *([copy] if copy else [])]
-            for k, (begin, _, dtype) in enumerate(used):
-                span.data[k] = base + begin
-                span.format[k] = formats.FORMATS.index(dtype)
-            if copy is None:
-                span.data[len(places)] = None
-                span.format[len(places)] = 0 if item.numel % 2 else 0xAB  # a format, or none
-            span.aligned = all(place.begin % 16 == 0 for place in used)
-            span.numel = item.numel
+            span.data[:] = [None] * len(span.data)
+            for k, part in enumerate(parts):
+                span.data[k], span.format[k] = base + part.rest.begin, part.format.number
+                if part.beside:
+                    span.data[SCALE + k - 2 if k else MASTER] = base + part.beside.begin
+            if copy:
+                assert item.copy
+                span.data[COPY], span.format[COPY] = base + copy.begin, item.copy.number
+            else:
+                span.format[COPY] = CODE.number if item.numel % 2 else 0xAB  # a format, or none
+            used = [*(part.rest for part in parts), parts[0].beside, copy]
+            span.aligned = all(place.begin % 16 == 0 for place in used if place)
+            span.numel, span.key, span.first = item.numel, key, item.first
             span.step = base + count.begin if count else None
             t = 1e6 if count else item.count + steps + 1  # the count on the device holds
+            span.t = int(t)
             known = recipes if self.made_there(item) else made
             span.recipe = known.setdefault((item.group, t), len(known))
+        size = kernels.about(self.rule, DOUBLES if self.in_double else FLOATS).size
         prepared = ctypes.create_string_buffer(size * len(made) + 1)
         for (j, t), i in made.items():
             hyper, lr, _, ema_decay = self.groups[j]
@@ -185,7 +276,7 @@ class Case:
         recipe = Recipe(lr=1e30 if rate else lr, t=t, ema_decay=ema_decay)
         recipe.hyper[: len(hyper)] = hyper
         recipe.lr_on_device = base + rate.begin if rate else None
-        recipe.lr_is_double = dtype is F64
+        recipe.lr_is_double = dtype is torch.float64
         return recipe
 
     def problems(self, kernels: Kernels) -> list[str]:
@@ -197,14 +288,15 @@ class Case:
                     return [f"the launch failed: {error}"]
         other = (got != self.expected).numpy()
         found = []
-        names = [*self.parts, "the copy", "the count"]
-        parts = zip(self.items, self.places, self.copies, self.counts, strict=True)
-        for item, places, copy, count in parts:
-            for what, place in zip(names, [*places, copy, count], strict=True):
+        several = zip(self.items, self.parts, self.copies, self.counts, strict=True)
+        for item, parts, copy, count in several:
+            places = [(part.name, part.rest) for part in parts]
+            places += [(f"what lies beside {part.name}", part.beside) for part in parts]
+            for what, place in [*places, ("the copy", copy), ("the count", count)]:
                 if place is None:
                     continue
                 wrong = other[place.begin : place.end]
-                if wrong.any() and (n := differing(place.of(got), place.of(self.expected))):
+                if wrong.any() and (n := wrong_numbers(place.of(got), place.of(self.expected))):
                     found.append(f"{n} wrong in {what} of {item}")
                 wrong[:] = False
         if n := int(other.sum()):
@@ -213,47 +305,65 @@ class Case:
 
     def share_of_numbers(self) -> float:
         """How many of what the oracle has left are neither NaN nor infinite."""
-        places = itertools.chain(*self.places, filter(None, self.copies))
-        everything = torch.cat([place.of(self.expected).isfinite() for place in places])
-        return float(everything.double().mean())
+        parts = (part.of(self.expected) for part in itertools.chain(*self.parts))
+        left = [formats.get(rest, torch.float64, beside).isfinite() for rest, beside in parts]
+        return float(torch.cat(left).double().mean())
 
 
-# By the elements that a thread takes at once: the dtypes of tensors that share a launch, and those of copies.
-KINDS: dict[int, list[tuple[torch.dtype, ...]]] = {
-    2: [(F64,) * 6, (F64, BF16, F32, F64, F16, BF16)],
-    4: [(F32,) * 6, (F32, F64, F32, F64, F32, F64)],
-    8: [
+# By kernel: the formats of tensors that share a launch, and those of copies.
+KINDS: dict[Kind, list[tuple[Format, ...]]] = {
+    DOUBLES: [
+        (F64,) * 6,
+        (F64, BF16, F32, F64, F16, BF16),
+        (F64, F32, CODE, CODE, CODE, CODE),
+        (F64, F64, BF16_AT_RANDOM, CODE, F16_AT_RANDOM, F32),
+    ],
+    FLOATS: [(F32,) * 6, (F32, F64, F32, F64, F32, F64)],
+    HALVES: [
         (BF16, BF16, F32, F32, F32, F32),
         (F16,) * 6,
-        (F32, F32, BF16, F32, F64, F16),
+        (SPLIT16, BF16, BF16_AT_RANDOM, F32, BF16_AT_RANDOM, BF16),
+        (SPLIT8, F32, F32, F16_AT_RANDOM, F16, F64),
+        (MASTER_F16, F16, F32, BF16, F32, F32),
+        (BF16_AT_RANDOM, BF16, BF16_AT_RANDOM, BF16_AT_RANDOM, F32, BF16_AT_RANDOM),
+        (F16_AT_RANDOM, F16, F32, F32, F16_AT_RANDOM, F32),
+        (MASTER_BF16, F32, BF16, F32, F64, F16),
         (F32,) * 6,
     ],
+    CODES: [
+        (SPLIT8, BF16, CODE, CODE, CODE, CODE),
+        (F32, F32, CODE, CODE, F32, CODE),
+        (SPLIT16, BF16, BF16_AT_RANDOM, CODE, CODE, F32),
+        (BF16_AT_RANDOM, F16, CODE, F32, CODE, CODE),
+        (MASTER_F16, F64, CODE, CODE, F16, CODE),
+        (F32,) * 6,
+        (MASTER_BF16, BF16, F64, CODE, CODE, BF16),
+    ],
 }
-COPIES: dict[int, list[torch.dtype | None]] = {
-    2: [None, F64, BF16, F32, F16],
-    4: [F32, None, F64],
-    8: [BF16, None, F32, F16, F64],
+COPIES: dict[Kind, list[Format | None]] = {
+    DOUBLES: [None, F64, BF16, F32, F16],
+    FLOATS: [F32, None, F64],
+    HALVES: [BF16, None, F32, F16, F64],
+    CODES: [None, BF16, None, F32],
 }
 COUNTS = {"host": (False,), "device": (True,), "mixed": (True, False, False, True)}
+FIRST = [0, 2**32 - 130, 1000 * formats.BLOCK, 0]
 
 
 @functools.lru_cache(8)
 def seams(
-    rule: Rule, each: int, tile: int, counts: str, factor: float | None = None, pages: str = ""
+    rule: Rule, kind: Kind, tile: int, counts: str, factor: float | None = None, pages: str = ""
 ) -> Case:
     """Every size at which something changes, with all parts aligned, none, or all but one."""
-    sizes = [0, 1, each - 1, each, each + 1, tile - 1, tile, tile + 1, 2 * tile + each + 1]
-    shifts = [(0,) * SLOTS, (1,) * SLOTS, (0, 1, 0, 0, 0, 0, 0), (0, 0, 0, 1, 0, 0, 1)]
-    on_device, copies = itertools.cycle(COUNTS[counts]), itertools.cycle(COPIES[each])
-    several = [
-        (n, dtypes, s)
-        for n in sizes
-        for dtypes in KINDS[each][:2]
-        for s in shifts[: 1 if pages else 4]
-    ]
-    several += [(50_003, KINDS[each][-1], s) for s in shifts[:2] if not pages]
+    sizes = [0, 1, 15, 16, 17, 127, 128, 129, 257, tile - 1, tile, tile + 1, 2 * tile + 129]
+    shifts = [(0,) * PARTS, (1,) * PARTS, (0, 1, 0, 0, 0, 0, 0), (0, 0, 0, 1, 0, 0, 1)]
+    which, first = itertools.cycle(KINDS[kind]), itertools.cycle(FIRST)
+    on_device, copies = itertools.cycle(COUNTS[counts]), itertools.cycle(COPIES[kind])
+    several = [(n, next(which), s) for n in sizes for s in shifts[: 1 if pages else 4] * 2]
+    several += [(50_003, KINDS[kind][-1], s) for s in shifts[:2] if not pages]
     items = [
-        Item(*one, i % 3, next(on_device), i % 3, next(copies)) for i, one in enumerate(several)
+        Item(*one, i % 3, next(on_device), i % 3, next(copies), next(first))
+        for i, one in enumerate(several)
     ]
     return Case(rule, items, factor=factor, pages=pages)
 
@@ -261,7 +371,7 @@ def seams(
 @functools.lru_cache(8)
 def many(
     rule: Rule,
-    each: int,
+    kind: Kind,
     entries: int,
     counts: str,
     factor: float | None = None,
@@ -270,15 +380,15 @@ def many(
     """Small tensors for two launches; some are empty: the first, the last and those about a launch's limit. The second
     launch brings new step counts, and one is common to both."""
     n = entries + 37
-    sizes = itertools.cycle([1, each - 1, 0, each + 1, 53])
-    on_device, copies = itertools.cycle(COUNTS[counts]), itertools.cycle(COPIES[each])
+    sizes = itertools.cycle([1, 7, 0, 129, 53])
+    on_device, copies = itertools.cycle(COUNTS[counts]), itertools.cycle(COPIES[kind])
     empty = {0, 1, entries - 1, entries, entries + 1, n - 1}
-    dtypes = KINDS[each]
+    which = KINDS[kind]
     items = [
         Item(
             next(sizes) * (i not in empty),
-            dtypes[i % len(dtypes)],
-            (int(i % 3 == 1),) * SLOTS,
+            which[i % len(which)],
+            (int(i % 3 == 1),) * PARTS,
             i // 2 % 4 * (1 + i // 99),
             next(on_device),
             i % 3,
@@ -290,13 +400,12 @@ def many(
 
 
 @functools.lru_cache(8)
-def ages(rule: Rule, each: int, different: int, factor: float | None = None) -> Case:
+def ages(rule: Rule, kind: Kind, different: int, factor: float | None = None) -> Case:
     """Tensors of so many different step counts, which come again in later launches. Some counts are on the device."""
-    dtypes = KINDS[each]
     items = [
         Item(
-            each + i % 3,
-            dtypes[i % 2],
+            7 + i % 3,
+            KINDS[kind][i % 2],
             count=i % different,
             on_device=i % 11 == 5,
             group=i % 3 * (i % 7 == 0),
@@ -306,29 +415,54 @@ def ages(rule: Rule, each: int, different: int, factor: float | None = None) -> 
     return Case(rule, items, factor=factor)
 
 
+HugePart = tuple[Format, Tensor, Tensor | None]
+
+
 def problems_of_a_huge_tensor(
-    kernels: Kernels, each: int, dtype: torch.dtype, shift: int
+    kernels: Kernels, kind: Kind, several: Sequence[Format], shift: int
 ) -> list[str]:
     """Of more than 2^32 elements only the last tiles run; what lies before them has addresses but no memory."""
-    n, size, tile = 2**32 + 12_345, dtype.itemsize, kernels.tile(each)
+    n, tile = 2**32 + 12_345, kernels.tile(kind)
     run = n % tile + tile  # the last two tiles
-    end = run + 100  # and a look at what lies before
     rule, rng = AVERAGED_ADAM, np.random.default_rng(0)
-    got = []
-    for name in (*parts_of(rule), "copy"):
-        got.append(numbers_of_nothing((n + shift) * size)[shift * size :].view(dtype))
-        x = wild(rng, end, dtype)
-        got[-1][-end:] = x.abs() if name == "v" else x
-    want = [x[-end:].clone() for x in got]
-    hyper, lr, _, ema_decay = ADAM_GROUPS[0]
-    now = rules.Now(lr, 3, 1.0, ema_decay)
-    p, g, *states, copy = (x[-run:] for x in want)
-    reference.step(rule.name, hyper, now, p, g, states, copy)
+    random = formats.Random(key=7, t=3, first=5)
 
-    made = ctypes.create_string_buffer(kernels.about(rule, False).size)
+    def tensor(numel: int, dtype: torch.dtype) -> Tensor:
+        size = dtype.itemsize
+        return numbers_of_nothing((numel + shift) * size)[shift * size :].view(dtype)
+
+    def end(part: HugePart, numel: int) -> HugePart:
+        format, rest, beside = part
+        return (
+            format,
+            rest[-numel:],
+            None if beside is None else beside[-format.numel_beside(numel) :],
+        )
+
+    got: list[HugePart] = []
+    for name, format in [*formats_of(rule, several), ("copy", several[-1])]:
+        beside = tensor(format.numel_beside(n), format.beside) if format.beside else None
+        got.append((format, tensor(n, format.rest), beside))
+        x = wild(rng, run + formats.BLOCK, torch.float64)  # and a look at what lies before
+        format.fill(x.abs() if name in NEVER_NEGATIVE else x, *end(got[-1], len(x))[1:])
+    seen = [end(part, run + formats.BLOCK) for part in got]
+    want = [
+        (format, rest.clone(), beside if beside is None else beside.clone())
+        for format, rest, beside in seen
+    ]
+    hyper, lr, _, ema_decay = ADAM_GROUPS[0]
+    now = rules.Now(lr, random.t, 1.0, ema_decay)
+    *parts, (_, copy, _) = (end(part, run) for part in want)
+    move(rule, hyper, now, parts, copy, random)
+
+    made = ctypes.create_string_buffer(kernels.about(rule, kind).size)
     kernels.make(rule, False, hyper, now, made)
-    span = Span((c_void_p * SLOTS)(*(x.data_ptr() for x in got)), numel=n, aligned=shift == 0)
-    span.format[: len(got)] = [formats.FORMATS.index(dtype)] * len(got)
+    span = Span(numel=n, aligned=shift == 0, key=random.key, t=random.t, first=random.first)
+    for k, (format, rest, beside) in enumerate(got):
+        slot = k if k < len(parts) else COPY
+        span.data[slot], span.format[slot] = rest.data_ptr(), format.number
+        if beside is not None:
+            span.data[SCALE + k - 2 if k else MASTER] = beside.data_ptr()
     job = Job(
         rule=rule.number,
         averaged=True,
@@ -339,5 +473,8 @@ def problems_of_a_huge_tensor(
     with kernels.set(first_block=-(-n // tile) - 2):
         if error := kernels.run(job):
             return [error]
-    wrong = [differing(x[-end:], y) for x, y in zip(got, want, strict=True)]
+    pairs = itertools.chain(
+        *(zip(x[1:], y[1:], strict=True) for x, y in zip(seen, want, strict=True))
+    )
+    wrong = [wrong_numbers(x, y) for x, y in pairs if x is not None]
     return [f"{wrong} wrong in a huge tensor"] if any(wrong) else []

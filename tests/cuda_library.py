@@ -56,14 +56,18 @@ PAGE = mmap.PAGESIZE
 
 # ---- the structs of csrc/job.h and csrc/sum.h ------------------------------------------------------
 
-SLOTS = 7  # parameter, gradient, up to four states, and a copy behind those
+PARTS, COPY = 7, 6  # parameter, gradient, up to four states, and a copy behind those
+MASTER, SCALE, SLOTS = PARTS, PARTS + 1, PARTS + 5  # what lies beside the parameter, and the states
 
 
 class Span(ctypes.Structure):
     _fields_ = [
         ("data", c_void_p * SLOTS),
-        ("format", c_uint8 * SLOTS),
+        ("format", c_uint8 * PARTS),
         ("aligned", c_bool),
+        ("key", c_uint32),
+        ("t", c_uint32),
+        ("first", c_uint32),
         ("recipe", c_int32),
         ("numel", c_int64),
         ("step", c_void_p),
@@ -190,6 +194,32 @@ class Rule(NamedTuple):
         return list(rules.RULES).index(self.name)
 
 
+class Kind(NamedTuple):
+    """Of the kernels of a rule, which: for jobs of numbers of 4 bytes and more, of 2, with codes of 1, or in double."""
+
+    name: str
+    each: int  # that a thread takes at once
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def in_double(self) -> bool:
+        return self is DOUBLES
+
+    @property
+    def coded(self) -> bool:
+        return self in (CODES, DOUBLES)
+
+
+FLOATS, HALVES, CODES, DOUBLES = (
+    Kind("floats", 4),
+    Kind("halves", 8),
+    Kind("codes", 8),
+    Kind("doubles", 4),
+)
+
+
 class About(NamedTuple):
     states: int
     numbers: int
@@ -206,8 +236,11 @@ class Kernels(Library):
         self.layout, numbers = self.facts((Span, Recipe, Job), 3)
         self.threads, self.rounds, self.table = numbers
 
-    def about(self, rule: Rule, in_double: bool) -> About:
-        return self._rule(rule, in_double, (), rules.Now(0, 1), None)
+    def about(self, rule: Rule, kind: Kind) -> About:
+        *facts, entries, entries_of_codes = self._rule(
+            rule, kind.in_double, (), rules.Now(0, 1), None
+        )
+        return About(*facts, entries_of_codes if kind.coded else entries)
 
     def make(
         self, rule: Rule, in_double: bool, hyper: Sequence[float], now: rules.Now, to: Any
@@ -217,11 +250,11 @@ class Kernels(Library):
 
     def _rule(
         self, rule: Rule, in_double: bool, hyper: Sequence[float], now: rules.Now, to: Any
-    ) -> About:
-        facts, number = (c_int64 * 4)(), rule.number
+    ) -> list[int]:
+        facts, number = (c_int64 * 5)(), rule.number
         numbers = (c_double * 8)(*hyper), (c_double * 4)(*now)
         self.c.host_rule(number, rule.averaged, in_double, facts, *numbers, to)
-        return About(*facts)
+        return list(facts)
 
     def launches(self, job: Job) -> int:
         """How many launches a job takes; its tensors have no memory."""
@@ -230,8 +263,8 @@ class Kernels(Library):
             assert self.run(job) is None
         return self.settings.launches - before
 
-    def tile(self, each: int) -> int:
-        return self.threads * each * self.rounds
+    def tile(self, kind: Kind) -> int:
+        return self.threads * kind.each * self.rounds
 
 
 # ---- memory ------------------------------------------------------------------------------------------

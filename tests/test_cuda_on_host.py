@@ -18,11 +18,8 @@ import torch
 from cuda_cases import (
     ADAM,
     AVERAGED_ADAM,
-    BF16,
-    F16,
-    F32,
-    F64,
     FACTOR,
+    FIRST,
     KINDS,
     RULES,
     Case,
@@ -34,13 +31,30 @@ from cuda_cases import (
     problems_of_a_huge_tensor,
     seams,
 )
+from cuda_formats import (
+    AT_RANDOM,
+    BF16,
+    CODE,
+    F16,
+    F32,
+    F64,
+    JOINED,
+    NUMBERS,
+    SPLIT8,
+    Format,
+)
 from cuda_library import (
+    CODES,
+    DOUBLES,
     FEW_BLOCKS,
+    FLOATS,
+    HALVES,
     NEEDED,
     ORDERS,
-    SLOTS,
+    PARTS,
     Job,
     Kernels,
+    Kind,
     Library,
     Recipe,
     Rule,
@@ -53,19 +67,17 @@ from cuda_library import (
     one_thread as one_thread,
 )
 
-from adamfused import formats
-
 pytestmark = NEEDED
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES, ids=str)
-EVERY_KIND = pytest.mark.parametrize("each", KINDS, ids="E={}".format)
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=str)
 # An averaged rule is most of its plain one, so that one kind is enough.
 EACH = pytest.mark.parametrize(
-    "rule, each",
+    "rule, kind",
     [
-        pytest.param(rule, each, id=f"{rule}-E={each}")
+        pytest.param(rule, kind, id=f"{rule}-{kind}")
         for i, rule in enumerate(RULES)
-        for each in (list(KINDS)[i % 3 : i % 3 + 1] if rule.averaged else KINDS)
+        for kind in (list(KINDS)[i % 4 : i % 4 + 1] if rule.averaged else KINDS)
     ],
 )
 
@@ -73,47 +85,55 @@ EACH = pytest.mark.parametrize(
 def test_the_structs_are_those_of_the_header(kernels: Kernels) -> None:
     assert kernels.layout == layout(Span, Recipe, Job)
     for rule in RULES:
-        for in_double in (False, True):
-            about = kernels.about(rule, in_double)
+        for kind in KINDS:
+            about = kernels.about(rule, kind)
             assert about[:2] == (len(parts_of(rule)) - 2, len(groups_of(rule)[0].hyper))
 
 
+# What may lie in the slot of the parameter, of a gradient or a copy, and of a state.
+SLOTS: dict[Kind, tuple[list[Format], ...]] = {
+    FLOATS: ([F32], [F32, F64], [F32, F64]),  # anything narrower would make it another kind
+    HALVES: ([F32, BF16, F16, *AT_RANDOM, *JOINED], NUMBERS, [*NUMBERS, *AT_RANDOM]),
+    CODES: ([F32, BF16, F16, *AT_RANDOM, *JOINED], NUMBERS, [*NUMBERS, *AT_RANDOM, CODE, CODE]),
+    DOUBLES: ([F64], NUMBERS, [*NUMBERS, *AT_RANDOM, CODE, CODE]),
+}
+
+
 @EACH
-def test_every_format_in_every_slot(kernels: Kernels, rule: Rule, each: int) -> None:
+def test_every_format_in_every_slot(kernels: Kernels, rule: Rule, kind: Kind) -> None:
     """Of each two slots, every format in the one meets every format in the other."""
-    params = {2: [F64], 4: [F32], 8: [F32, BF16, F16]}[each]
-    others = [F32, F64] if each == 4 else formats.FORMATS  # one 16-bit tensor would make it 8
-    sizes, shifts = (each + 1, 3 * each, 3 * each - 1, 37), ((0,) * SLOTS, (0,) * SLOTS, (1,) * 7)
+    params, numbers, others = SLOTS[kind]
+    sizes, shifts = (5, 128, 131, 37), ((0,) * PARTS, (0,) * PARTS, (1,) * PARTS)
     rng, items = random.Random(0), []
     for i in range(300):
-        dtypes = (rng.choice(params), *rng.choices(others, k=5))
-        copy = rng.choice([None, *others])
-        items.append(Item(sizes[i % 4], dtypes, shifts[i % 3], i % 5, group=i % 3, copy=copy))
+        several = (rng.choice(params), rng.choice(numbers), *rng.choices(others, k=4))
+        copy, first = rng.choice([None, *numbers]), rng.choice(FIRST)
+        items.append(Item(sizes[i % 4], several, shifts[i % 3], i % 5, False, i % 3, copy, first))
     assert Case(rule, items).problems(kernels) == []
 
 
 @EACH
-def test_sizes_at_every_seam(kernels: Kernels, rule: Rule, each: int) -> None:
-    case = seams(rule, each, kernels.tile(each), "mixed", FACTOR if rule.averaged else None)
+def test_sizes_at_every_seam(kernels: Kernels, rule: Rule, kind: Kind) -> None:
+    case = seams(rule, kind, kernels.tile(kind), "mixed", FACTOR if rule.averaged else None)
     assert case.problems(kernels) == []
     assert 0.9 < case.share_of_numbers() < 1  # else NaN would be compared with NaN
 
 
 @EACH
-def test_more_tensors_than_a_launch_takes(kernels: Kernels, rule: Rule, each: int) -> None:
+def test_more_tensors_than_a_launch_takes(kernels: Kernels, rule: Rule, kind: Kind) -> None:
     """Also where a GradScaler says on the device that there was no overflow."""
-    entries, factor = kernels.about(rule, each == 2).entries, None if rule.averaged else FACTOR
-    assert many(rule, each, entries, "mixed", factor, (0.0,)).problems(kernels) == []
+    entries, factor = kernels.about(rule, kind).entries, None if rule.averaged else FACTOR
+    assert many(rule, kind, entries, "mixed", factor, (0.0,)).problems(kernels) == []
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("counts", ["host", "device"])
 @pytest.mark.parametrize("factor", [None, FACTOR], ids=["no factor", "factor"])
 def test_counts_on_the_host_and_on_the_device(
-    kernels: Kernels, each: int, counts: str, factor: float | None
+    kernels: Kernels, kind: Kind, counts: str, factor: float | None
 ) -> None:
-    entries = kernels.about(AVERAGED_ADAM, each == 2).entries
-    assert many(AVERAGED_ADAM, each, entries, counts, factor).problems(kernels) == []
+    entries = kernels.about(AVERAGED_ADAM, kind).entries
+    assert many(AVERAGED_ADAM, kind, entries, counts, factor).problems(kernels) == []
 
 
 @pytest.mark.parametrize(
@@ -125,8 +145,8 @@ def test_counts_on_the_device_move_on_by_one_a_step_that_is_made(
     kernels: Kernels, found_inf: tuple[float | None, ...], made: int
 ) -> None:
     """A step whose scaled gradients overflowed is not made: no tensor moves, and no count."""
-    entries = kernels.about(AVERAGED_ADAM, False).entries
-    case = many(AVERAGED_ADAM, 4, entries, "mixed", FACTOR, found_inf)
+    entries = kernels.about(AVERAGED_ADAM, FLOATS).entries
+    case = many(AVERAGED_ADAM, FLOATS, entries, "mixed", FACTOR, found_inf)
     assert case.problems(kernels) == []
     counted = [(i, c) for i, c in zip(case.items, case.counts, strict=True) if c]
     assert {i.numel == 0 for i, _ in counted} == {True, False}
@@ -136,36 +156,41 @@ def test_counts_on_the_device_move_on_by_one_a_step_that_is_made(
 
 
 @pytest.mark.parametrize("factor", [None, FACTOR], ids=["no factor", "factor"])
-@pytest.mark.parametrize("each", [2, 8], ids="E={}".format)
+@pytest.mark.parametrize("kind", [DOUBLES, HALVES], ids=str)
 @pytest.mark.parametrize("different", [63, 64, 65, 200])
 def test_more_step_counts_than_a_launch_takes(
-    kernels: Kernels, different: int, each: int, factor: float | None
+    kernels: Kernels, different: int, kind: Kind, factor: float | None
 ) -> None:
     assert kernels.table == 64
-    assert ages(AVERAGED_ADAM, each, different, factor).problems(kernels) == []
+    assert ages(AVERAGED_ADAM, kind, different, factor).problems(kernels) == []
 
 
 @EVERY_RULE
 @EVERY_KIND
-def test_1000_tensors_take_at_most_4_launches(kernels: Kernels, rule: Rule, each: int) -> None:
-    assert 1 <= kernels.launches(job_of(kernels, rule, each == 2, [5] * 1000)) <= 4
+def test_1000_tensors_take_few_launches(kernels: Kernels, rule: Rule, kind: Kind) -> None:
+    """Where tensors may have scales, a launch takes fewer."""
+    most = 6 if kind.coded else 4
+    assert 1 <= kernels.launches(job_of(kernels, rule, kind, [5] * 1000)) <= most
 
 
-def job_of(kernels: Kernels, rule: Rule, in_double: bool, sizes: list[int]) -> Job:
+def job_of(kernels: Kernels, rule: Rule, kind: Kind, sizes: list[int]) -> Job:
     """Tensors that have no memory, for launches that do not run."""
+    spans = (Span * len(sizes))(*(Span(numel=n) for n in sizes))
+    for span in spans:
+        span.format[2] = {FLOATS: F32, HALVES: BF16, CODES: CODE, DOUBLES: F64}[kind].number
     return Job(
         rule=rule.number,
         averaged=rule.averaged,
-        in_double=in_double,
-        spans=(Span * len(sizes))(*(Span(numel=n) for n in sizes)),
+        in_double=kind.in_double,
+        spans=spans,
         count=len(sizes),
-        rules=ctypes.addressof(ctypes.create_string_buffer(kernels.about(rule, in_double).size)),
+        rules=ctypes.addressof(ctypes.create_string_buffer(kernels.about(rule, kind).size)),
     )
 
 
 def test_empty_tensors_alone(kernels: Kernels) -> None:
     for on_device, launches in ((False, 0), (True, 1)):
-        items = [Item(0, KINDS[4][0], on_device=on_device, copy=F32)] * 3
+        items = [Item(0, KINDS[FLOATS][0], on_device=on_device, copy=F32)] * 3
         before = kernels.settings.launches
         assert Case(ADAM, items, factor=FACTOR).problems(kernels) == []
         assert kernels.settings.launches - before == launches
@@ -176,12 +201,12 @@ def test_empty_tensors_alone(kernels: Kernels) -> None:
 )
 @EVERY_KIND
 def test_the_order_of_threads_and_blocks_is_free(
-    kernels: Kernels, each: int, threads: str, blocks: str
+    kernels: Kernels, kind: Kind, threads: str, blocks: str
 ) -> None:
     """Also where there are fewer blocks than tiles, so that a block goes on to tiles of other tensors."""
-    entries, tile = kernels.about(AVERAGED_ADAM, each == 2).entries, kernels.tile(each)
-    device = many(AVERAGED_ADAM, each, entries, "device")
-    several = [many(AVERAGED_ADAM, each, entries, "host", FACTOR), seams(ADAM, each, tile, "mixed")]
+    entries, tile = kernels.about(AVERAGED_ADAM, kind).entries, kernels.tile(kind)
+    device = many(AVERAGED_ADAM, kind, entries, "device")
+    several = [many(AVERAGED_ADAM, kind, entries, "host", FACTOR), seams(ADAM, kind, tile, "mixed")]
     with kernels.set(thread_order=ORDERS[threads], block_order=ORDERS[blocks]):
         assert device.problems(kernels) == []
         with kernels.set(largest_grid=FEW_BLOCKS):
@@ -190,16 +215,16 @@ def test_the_order_of_threads_and_blocks_is_free(
 
 @pytest.mark.parametrize("pages", ["before", "after"])
 @EVERY_KIND
-def test_nothing_outside_of_the_tensors_is_read(kernels: Kernels, each: int, pages: str) -> None:
+def test_nothing_outside_of_the_tensors_is_read(kernels: Kernels, kind: Kind, pages: str) -> None:
     rule = Rule("amsgrad", averaged=True)
-    case = seams(rule, each, kernels.tile(each), "mixed", FACTOR, pages)
+    case = seams(rule, kind, kernels.tile(kind), "mixed", FACTOR, pages)
     assert in_child(lambda: str(case.problems(kernels))) == "[]"
 
 
 def test_the_page_between_two_tensors_is_closed(kernels: Kernels) -> None:
     rule = Rule("amsgrad", averaged=True)
-    case = seams(rule, 4, kernels.tile(4), "mixed", FACTOR, "before")
-    last = max(place.end for places in case.places for place in places)
+    case = seams(rule, FLOATS, kernels.tile(FLOATS), "mixed", FACTOR, "before")
+    last = max(part.rest.end for parts in case.parts for part in parts)
 
     def read_past_the_end() -> str:
         memory = case.memory.copy_of(case.start)
@@ -209,20 +234,28 @@ def test_the_page_between_two_tensors_is_closed(kernels: Kernels) -> None:
     assert in_child(read_past_the_end) == "killed by SIGSEGV"
 
 
-@pytest.mark.parametrize("each, dtype", [(8, BF16), (4, F32)], ids=["E=8", "E=4"])
+@pytest.mark.parametrize(
+    "kind, several",
+    [
+        (FLOATS, (F32,) * 5),
+        (HALVES, (BF16,) * 5),
+        (CODES, (SPLIT8, BF16, CODE, CODE, AT_RANDOM[0], BF16)),
+    ],
+    ids=["floats", "halves", "codes"],
+)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_more_than_2_to_the_32_elements(
-    kernels: Kernels, each: int, dtype: torch.dtype, shift: int
+    kernels: Kernels, kind: Kind, several: tuple[Format, ...], shift: int
 ) -> None:
     try:
-        assert problems_of_a_huge_tensor(kernels, each, dtype, shift) == []
+        assert problems_of_a_huge_tensor(kernels, kind, several, shift) == []
     except OSError as error:
         pytest.skip(f"no addresses for so much: {error}")
 
 
 def test_launches_are_cut_where_tiles_can_no_longer_be_counted(kernels: Kernels) -> None:
     """Nothing runs: no such tensors exist. But a launch's tiles are counted in 32 bits."""
-    assert kernels.launches(job_of(kernels, ADAM, False, [2**30 * kernels.tile(4)] * 5)) >= 2
+    assert kernels.launches(job_of(kernels, ADAM, FLOATS, [2**30 * kernels.tile(FLOATS)] * 5)) >= 2
 
 
 def test_the_self_test_of_an_installation_passes(kernels: Kernels) -> None:

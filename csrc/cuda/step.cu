@@ -10,35 +10,41 @@
 namespace adamfused {
 namespace cuda {
 
-// The elements a thread takes at once: as many of the narrowest format as 16 bytes hold.
-int elements_a_thread(const Job& job, int parts) {
-  size_t narrowest = 16;
-  for (int64_t s = 0; s < job.count; ++s)
-    for (int k = 0; k <= parts; ++k) {
-      if (k == parts && job.spans[s].data[k] == nullptr) continue;  // there is no copy
-      const size_t size = size_of(job.spans[s].format[k]);
-      narrowest = size < narrowest ? size : narrowest;
-    }
-  return int(16 / narrowest);
-}
+// What a job has of formats.
+struct Formats {
+  bool narrow = false;  // 16 bits and fewer
+  bool coded = false;
 
-template <class Rule, class T, int E>
-cudaError_t launch(const Arguments<Rule>& arguments, bool advance, cudaStream_t stream) {
+  Formats(const Job& job, int parts) {
+    for (int64_t s = 0; s < job.count; ++s) {
+      const Span& span = job.spans[s];
+      for (int k = 0; k < parts; ++k) see(span.format[k]);
+      if (span.data[kCopy] != nullptr) see(span.format[kCopy]);
+    }
+  }
+  void see(FormatId format) {
+    narrow |= size_of(format) < 4;
+    coded |= size_of(format) < 2;
+  }
+};
+
+template <class Rule, class T, int E, bool coded>
+cudaError_t launch(const Arguments<Rule, coded>& arguments, bool advance, cudaStream_t stream) {
   if (advance) {
     const uint32_t blocks = uint32_t(arguments.count + kThreads - 1) / kThreads;
-    const cudaError_t error = start(advance_kernel<Rule>, blocks, kThreads, stream, arguments);
+    const cudaError_t error = start(advance_kernel<Rule, coded>, blocks, kThreads, stream, arguments);
     if (error != cudaSuccess) return error;
   }
   const uint32_t tiles = arguments.first_tile[arguments.count];
   if (tiles == 0) return cudaSuccess;  // only empty tensors; an empty grid would be an error
   const uint32_t blocks = tiles < 0x7fffffffu ? tiles : 0x7fffffffu;
-  return start(step_kernel<Rule, T, E>, blocks, kThreads, stream, arguments);
+  return start(step_kernel<Rule, T, E, coded>, blocks, kThreads, stream, arguments);
 }
 
-template <class Rule, class T, int E>
+template <class Rule, class T, int E, bool coded>
 cudaError_t run(const Job& job, cudaStream_t stream) {
-  using Args = Arguments<Rule>;
-  constexpr int64_t tile_size = int64_t(kThreads) * E * kRounds;
+  using Args = Arguments<Rule, coded>;
+  constexpr int64_t tile = tile_size<E>;
   static_assert(sizeof(Args) <= kArgumentBytes, "kernel arguments are limited");
   Args arguments;  // 32 KB of stack
   int32_t last = 0;
@@ -53,7 +59,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   arguments.factor = job.factor, arguments.found_inf = job.found_inf;
 
   auto flush = [&]() {
-    cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E>(arguments, advance, stream);
+    cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E, coded>(arguments, advance, stream);
     for (int32_t i : used) place[size_t(i)] = -1;
     for (int32_t i : recipe_used) recipe_place[size_t(i)] = -1;
     used.clear(), recipe_used.clear();
@@ -64,7 +70,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   for (int64_t s = 0; s < job.count; ++s) {
     const Span& span = job.spans[s];
     if (span.numel == 0 && span.step == nullptr) continue;  // an empty tensor takes no slot, unless its count must move
-    uint64_t tiles = uint64_t((span.numel + tile_size - 1) / tile_size);
+    uint64_t tiles = uint64_t((span.numel + tile - 1) / tile);
     bool full = arguments.count == Args::entries || ready == kTable ||
                 arguments.first_tile[arguments.count] + tiles > 0xffffffffull;
     if (full)
@@ -81,10 +87,13 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
         arguments.ready[slot].rule = static_cast<const Rule*>(job.rules)[span.recipe];
     }
     auto& entry = arguments.entry[arguments.count];
-    for (int k = 0; k <= Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
-    entry.numel = span.numel;
+    for (int k = 0; k < Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
+    entry.data[Args::parts] = span.data[kCopy], entry.format[Args::parts] = span.format[kCopy];
+    for (int k = 0; k < Args::besides; ++k) entry.beside[k] = span.data[kMaster + k];
     entry.step = span.step;
-    entry.recipe = slot;
+    entry.last = uint32_t(span.numel - int64_t(tiles - 1) * tile);
+    entry.key = span.key, entry.t = span.t, entry.first = span.first;
+    entry.place = uint8_t(slot);
     entry.aligned = span.aligned;
     advance |= span.step != nullptr;
     arguments.first_tile[arguments.count + 1] = arguments.first_tile[arguments.count] + uint32_t(tiles);
@@ -95,9 +104,11 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
 
 template <class RuleOfFloat, class RuleOfDouble>
 cudaError_t run_in(const Job& job, cudaStream_t stream) {
-  if (job.in_double) return run<RuleOfDouble, double, 2>(job, stream);
-  return elements_a_thread(job, kState + RuleOfFloat::states) > 4 ? run<RuleOfFloat, float, 8>(job, stream)
-                                                                  : run<RuleOfFloat, float, 4>(job, stream);
+  if (job.in_double) return run<RuleOfDouble, double, 4, true>(job, stream);
+  const Formats formats(job, kState + RuleOfFloat::states);
+  return formats.coded    ? run<RuleOfFloat, float, 8, true>(job, stream)
+         : formats.narrow ? run<RuleOfFloat, float, 8, false>(job, stream)
+                          : run<RuleOfFloat, float, 4, false>(job, stream);
 }
 
 template <template <class> class Rule>
@@ -141,6 +152,7 @@ const char* cuda_self_test() {
   cuda::AdamHyper hyper{0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0};
   cuda::Adam<float> rule = cuda::Adam<float>::prepare(hyper, {1e-3, 1.0, 1.0, 0.0});
   Span span;
+  for (void*& data : span.data) data = nullptr;
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, sizeof host);
   if (error == cudaSuccess) error = cudaMemcpy(memory, host, sizeof host, cudaMemcpyHostToDevice);
@@ -148,7 +160,6 @@ const char* cuda_self_test() {
     for (int k = 0; k < 4; ++k) span.data[k] = static_cast<float*>(memory) + k * n, span.format[k] = FormatId::F32;
     span.aligned = true, span.recipe = 0;
     span.numel = n, span.step = nullptr;
-    span.data[4] = nullptr;
     Job job{RuleId::Adam, false, false, &span, 1, &rule, nullptr, nullptr, nullptr, nullptr};
     error = cuda::run_rule<cuda::Adam>(job, nullptr);
   }

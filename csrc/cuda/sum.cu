@@ -65,8 +65,10 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
   case FormatId::F:                                        \
     sum = sum_chunk<what, F>(tensor.data, start, n, lane); \
     break;
-      ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+      ADAMFUSED_NUMBER_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
+      default:
+        break;  // gradients have no other
     }
     if (lane == 0) job.sums[chunk] = sum;
   }

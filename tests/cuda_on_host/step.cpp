@@ -16,7 +16,7 @@ template <class Rule>
 void about(int64_t* facts, const double* numbers, const cuda::Now* now, void* rule) {
   int64_t* fact = facts;
   for (size_t x : {size_t(Rule::states), sizeof(typename Rule::Hyper) / sizeof(double), sizeof(Rule),
-                   size_t(cuda::Arguments<Rule>::entries)})
+                   size_t(cuda::Arguments<Rule, false>::entries), size_t(cuda::Arguments<Rule, true>::entries)})
     *fact++ = int64_t(x);
   if (rule == nullptr) return;
   typename Rule::Hyper hyper;
@@ -34,7 +34,7 @@ const char* host_run(const Job* job) { return cuda_run(*job, nullptr); }
 
 const char* host_self_test() { return cuda_self_test(); }
 
-// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch. Makes one where `rule` says.
+// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch without codes and with. Makes one where `rule` says.
 void host_rule(RuleId which, bool averaged, bool in_double, int64_t* facts, const double* hyper, const cuda::Now* now,
                void* rule) {
   using namespace cuda;
@@ -55,6 +55,7 @@ void host_facts(int64_t* fact) {
     for (size_t x : numbers) *fact++ = int64_t(x);
   };
   put({sizeof(Span), offsetof(Span, data), offsetof(Span, format), offsetof(Span, aligned)});
+  put({offsetof(Span, key), offsetof(Span, t), offsetof(Span, first)});
   put({offsetof(Span, recipe), offsetof(Span, numel), offsetof(Span, step)});
   put({sizeof(Recipe), offsetof(Recipe, hyper), offsetof(Recipe, lr), offsetof(Recipe, t)});
   put({offsetof(Recipe, ema_decay), offsetof(Recipe, lr_on_device), offsetof(Recipe, lr_is_double)});
