@@ -117,7 +117,7 @@ class Checkpoints(BaseOptimizer):
             return state_dict  # torch's own message follows
         groups = [self._taken_group(j, saved) for j, saved in enumerate(saved_groups)]
         plans = [self._plan(self._group_defaults | group) for group in groups]
-        states = dict(state_dict["state"])
+        states = dict(state_dict["state"].items())
         self._loading: dict[Tensor, dict[str, Any]] = {}
         ids = chain.from_iterable(g["params"] for g in saved_groups)
         for place, ((j, _, p), saved_id) in enumerate(zip(self._each(), ids, strict=True)):
@@ -148,6 +148,11 @@ class Checkpoints(BaseOptimizer):
             )
         own = {k: v for k, v in self.param_groups[j].items() if k in GROUP_KEYS}
         group = own | {k: v for k, v in saved.items() if k not in _OWN_KEYS}
-        self._check_group(self._group_defaults | group)
+        whole = self._group_defaults | group
+        self._check_group(whole)
         check_options(group)
+        if not isinstance(whole["capturable"], (bool, int)):  # it is asked for when states have been replaced
+            raise ValueError(
+                f"Invalid capturable value: {whole['capturable']!r}; expected True or False"
+            )
         return group

@@ -17,7 +17,7 @@ from .formats import Random
 from .norm import coefficient
 from .rules import Now
 from .states import Randomness, States
-from .storage import EMA, MASTER, scale_key
+from .storage import EMA, MASTER, MASTERS, scale_key
 
 
 class FusedOptimizer(States, Clipping, Checkpoints):
@@ -326,7 +326,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             list(group["params"]),
             self._ema_decay_at if callable(decay) else decay,
             [self._copies[p] for p in group["params"]] if self._copies else [],
-            MASTER if group.get("master_weights") else None,
+            (MASTER, MASTERS[kind].itemsize) if (kind := group.get("master_weights")) else None,
             tuple(scale_key(key) for key in plan.keys),
             random,
         )

@@ -131,7 +131,8 @@ void take_ema_decay(const py::object& given, Group& group) {
 struct Row {
   py::tuple keys, scales;
   py::list params, copies;
-  py::object master;
+  py::object master;  // its key, or None
+  int64_t master_size = 0;
   std::vector<int64_t> place_keys, firsts;
 
   Row(const py::tuple& row, Group& group) {
@@ -139,7 +140,11 @@ struct Row {
     group.rule = row[0].cast<int>(), group.lr = row[2].cast<double>();
     group.lr_tensor = row[3].cast<c10::optional<at::Tensor>>();
     keys = row[4].cast<py::tuple>(), params = row[5].cast<py::list>(), copies = row[7].cast<py::list>();
-    master = row[8], scales = row[9].cast<py::tuple>();
+    if (row[8].is_none())
+      master = py::none();
+    else
+      std::tie(master, master_size) = row[8].cast<std::tuple<py::object, int64_t>>();
+    scales = row[9].cast<py::tuple>();
     take_ema_decay(row[6], group);
     if (!row[10].is_none())
       std::tie(group.at_random, place_keys, firsts) =
@@ -157,8 +162,8 @@ struct Row {
   }
 };
 
-// groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, key of the
-// master weights or None, keys of the scales, None or (16 bits are rounded at random, keys of the params, indices of
+// groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, (key of the
+// master weights, bytes of one) or None, keys of the scales, None or (16 bits are rounded at random, keys of the params, indices of
 // their first elements)). For the i-th parameter of the j-th group, init(j, i) makes its state, and judge(j, i) is
 // asked where these kernels cannot move it: it raises, or gives [param, grad, *states, copy, master, *scales, step],
 // with None for what is not there, to move instead; or None to leave it to the caller. factor and found_inf: as in
@@ -181,7 +186,8 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     for (Found& found : found_here) {
       const Chance chance = row.chance(found.place);
       bool moves = found.usual && found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
-                   mastered == (found.parts[kMaster] != nullptr);
+                   mastered == (found.parts[kMaster] != nullptr) &&
+                   (!mastered || int64_t(found.parts[kMaster]->itemsize()) == row.master_size);
       for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
       if (moves && work.add(group, found.parts, *found.count, chance)) continue;
       py::object verdict = judge(j, found.place);

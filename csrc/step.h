@@ -36,6 +36,7 @@ constexpr bool kWithCuda = false;
 struct RuleFacts {
   const char* name;
   int states;
+  uint32_t never_negative;
   size_t hyper_count;
   size_t size[2];                                                       // of Rule<float>, Rule<double>
   void (*prepare[2])(const double* hyper, const Now& now, void* rule);  // likewise
@@ -53,6 +54,7 @@ template <class OfFloat, class OfDouble>
 constexpr RuleFacts facts_of(const char* name) {
   return {name,
           OfFloat::states,
+          OfFloat::never_negative,
           sizeof(typename OfFloat::Hyper) / sizeof(double),
           {sizeof(OfFloat), sizeof(OfDouble)},
           {prepare<OfFloat>, prepare<OfDouble>}};
@@ -330,9 +332,13 @@ class Step {
       if (parts[k] == nullptr) continue;
       const bool is_state = k >= kState && k < kCopy;
       if (is_state && is_code(seen[k].type)) {
-        if (parts[kScale + k - kState] == nullptr || !chance.given || at::isComplexType(seen[kParam].type))
+        const RuleFacts& facts = group.facts();
+        const bool is_average = group.averaged && k == kState + facts.states - 1;
+        const bool is_unsigned = (facts.never_negative >> (k - kState) & 1) != 0;
+        if (parts[kScale + k - kState] == nullptr || !chance.given || at::isComplexType(seen[kParam].type) ||
+            !seen[k].contiguous || is_average || (seen[k].type == at::kByte) != is_unsigned)
           return false;
-        seen[k].format = seen[k].type == at::kChar ? FormatId::SignedCode : FormatId::UnsignedCode;
+        seen[k].format = is_unsigned ? FormatId::UnsignedCode : FormatId::SignedCode;
       } else {
         if (!seen[k].has_format) return false;
         if (group.at_random && (is_state || k == kParam)) seen[k].format = at_random(seen[k].format);
@@ -346,11 +352,15 @@ class Step {
            format == FormatId::F16AtRandom;
   }
 
-  // Whether a tensor has a scale for each block of the parameter's numbers.
+  // Whether a tensor has a scale for each block of the parameter's numbers: by rows where a row is whole blocks.
   static bool is_scale(const at::Tensor& t, const Seen& param, Seen& seen) {
-    return look(t, true, seen) && seen.type == at::kFloat && seen.contiguous && !seen.turned &&
-           seen.device == param.device && seen.numel == (param.numel + kBlock - 1) / kBlock &&
-           (!seen.inference || c10::InferenceMode::is_enabled());
+    if (!look(t, true, seen) || seen.type != at::kFloat || !seen.contiguous || seen.turned ||
+        seen.device != param.device || (seen.inference && !c10::InferenceMode::is_enabled()))
+      return false;
+    const at::IntArrayRef shape = param.impl->sizes();
+    const int64_t row = shape.size() > 1 && shape[0] > 0 ? param.numel / shape[0] : 0;
+    if (row > 0 && row % kBlock == 0) return t.dim() == 2 && t.size(0) == shape[0] && t.size(1) == row / kBlock;
+    return t.dim() == 1 && seen.numel == (param.numel + kBlock - 1) / kBlock;
   }
 
   static bool is_aligned(const Span& span) {
