@@ -179,6 +179,9 @@ def test_split8_is_the_nearest_of_24_bits_and_shows_the_nearest_of_16() -> None:
     assert joined.isnan().equal(x.isnan())
     rest, joined, x = rest[x.isfinite()], joined[x.isfinite()], x[x.isfinite()]
     assert not bool((joined.view(torch.int32) & 0xFF).any())
+    half_way = (x.view(torch.int32) & 0xFF) == 0x80
+    assert int(half_way.sum()) > 100
+    assert not bool((joined.view(torch.int32)[half_way] & 0x100).any()), "ties go to even"
     error = (value(joined) - x.double()).abs()
     # 24 bits have 15 of the mantissa, so half of the spacing is 2^-16 of the power of two below.
     normal = x.abs() >= 2.0**-126
