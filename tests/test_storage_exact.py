@@ -30,7 +30,6 @@ from adamfused.storage import SMALLEST
 
 pytestmark = [
     pytest.mark.native,
-    pytest.mark.isa,
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
