@@ -151,7 +151,9 @@ class Checkpoints(BaseOptimizer):
         whole = self._group_defaults | group
         self._check_group(whole)
         check_options(group)
-        if not isinstance(whole["capturable"], (bool, int)):  # it is asked for when states have been replaced
+        if not isinstance(
+            whole["capturable"], (bool, int)
+        ):  # it is asked for when states have been replaced
             raise ValueError(
                 f"Invalid capturable value: {whole['capturable']!r}; expected True or False"
             )

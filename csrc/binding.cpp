@@ -163,11 +163,11 @@ struct Row {
 };
 
 // groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, (key of the
-// master weights, bytes of one) or None, keys of the scales, None or (16 bits are rounded at random, keys of the params, indices of
-// their first elements)). For the i-th parameter of the j-th group, init(j, i) makes its state, and judge(j, i) is
-// asked where these kernels cannot move it: it raises, or gives [param, grad, *states, copy, master, *scales, step],
-// with None for what is not there, to move instead; or None to leave it to the caller. factor and found_inf: as in
-// Common. Returns what was left, [(j, i)].
+// master weights, bytes of one) or None, keys of the scales, None or (16 bits are rounded at random, keys of the
+// params, indices of their first elements)). For the i-th parameter of the j-th group, init(j, i) makes its state, and
+// judge(j, i) is asked where these kernels cannot move it: it raises, or gives [param, grad, *states, copy, master,
+// *scales, step], with None for what is not there, to move instead; or None to leave it to the caller. factor and
+// found_inf: as in Common. Returns what was left, [(j, i)].
 py::list step(const py::dict& state, const py::list& groups, const py::function& init, const py::function& judge,
               const c10::optional<at::Tensor>& factor, const c10::optional<at::Tensor>& found_inf) {
   py::list left;
