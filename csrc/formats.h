@@ -287,27 +287,27 @@ using UnsignedCode = Code<UnsignedScheme>;
 
 // Which of three kinds a format is.
 template <class Format>
-constexpr bool is_number = false;
+inline constexpr bool is_number = false;
 template <>
-constexpr bool is_number<F32> = true;
+inline constexpr bool is_number<F32> = true;
 template <>
-constexpr bool is_number<F64> = true;
+inline constexpr bool is_number<F64> = true;
 template <class Format>
-constexpr bool is_code = false;
+inline constexpr bool is_code = false;
 template <class Scheme>
-constexpr bool is_code<Code<Scheme>> = true;
+inline constexpr bool is_code<Code<Scheme>> = true;
 template <class Format>
-constexpr bool is_joined = false;
+inline constexpr bool is_joined = false;
 template <>
-constexpr bool is_joined<Split16> = true;
+inline constexpr bool is_joined<Split16> = true;
 template <>
-constexpr bool is_joined<Split8> = true;
+inline constexpr bool is_joined<Split8> = true;
 template <class Half>
-constexpr bool is_joined<Master<Half>> = true;
+inline constexpr bool is_joined<Master<Half>> = true;
 template <class Format>
-constexpr bool at_random = false;
+inline constexpr bool at_random = false;
 template <class Half>
-constexpr bool at_random<AtRandom<Half>> = true;
+inline constexpr bool at_random<AtRandom<Half>> = true;
 
 }  // namespace ADAMFUSED_TARGET
 }  // namespace adamfused

@@ -10,9 +10,9 @@ namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
 template <class A, class B>
-constexpr bool same = false;
+inline constexpr bool same = false;
 template <class A>
-constexpr bool same<A, A> = true;
+inline constexpr bool same<A, A> = true;
 
 // What comes is asked for this many bytes ahead. The processor's own prefetching ends with each page of memory, and a
 // rule has so many instructions that the next page is not in sight when it does.
@@ -375,7 +375,7 @@ __attribute__((noinline)) void put_floats(const Place& place, int64_t at, int n,
 }
 
 template <class T>
-constexpr FormatId as_is = same<T, float> ? FormatId::F32 : FormatId::F64;
+inline constexpr FormatId as_is = same<T, float> ? FormatId::F32 : FormatId::F64;
 
 // Where the numbers of a part can be worked on: in place if they rest as T, else in `buffer`, which has room for whole
 // lines.

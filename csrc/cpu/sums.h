@@ -8,7 +8,7 @@ namespace ADAMFUSED_TARGET {
 
 // A float holds these exactly.
 template <class Format>
-constexpr bool fits_float = !same<Format, F64>;
+inline constexpr bool fits_float = !same<Format, F64>;
 
 typedef float FloatHalf __attribute__((vector_size(ADAMFUSED_VECTOR / 2)));
 
