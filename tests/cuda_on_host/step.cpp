@@ -34,7 +34,7 @@ const char* host_run(const Job* job) { return cuda_run(*job, nullptr); }
 
 const char* host_self_test() { return cuda_self_test(); }
 
-// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch without codes and with. Makes one where `rule` says.
+// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch of plain numbers and of any. Makes one where `rule` says.
 void host_rule(RuleId which, bool averaged, bool in_double, int64_t* facts, const double* hyper, const cuda::Now* now,
                void* rule) {
   using namespace cuda;
