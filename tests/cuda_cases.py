@@ -240,7 +240,7 @@ class Case:
                 assert item.copy
                 span.data[COPY], span.format[COPY] = base + copy.begin, item.copy.number
             else:
-                span.format[COPY] = CODE.number if item.numel % 2 else 0xAB  # a format, or none
+                span.format[COPY] = F32.number if item.numel % 2 else 0xAB  # a format, or none
             used = [*(part.rest for part in parts), parts[0].beside, copy]
             span.aligned = all(place.begin % 16 == 0 for place in used if place)
             span.numel, span.key, span.first = item.numel, key, item.first
