@@ -31,6 +31,7 @@ build: $(VENV)/with-test ## Make .venv, and build the kernels in place
 bench: $(VENV)/with-test ## Measure what the project sets itself as targets, and renew benchmarks/results/
 	$(PY) benchmarks/targets.py --json benchmarks/results/targets.json $(ARGS)
 	$(PY) benchmarks/one_pass.py $(ARGS)
+	$(PY) benchmarks/formats.py $(ARGS)
 	$(PY) benchmarks/backward_memory.py --json benchmarks/results/backward_memory.json
 
 # With this machine's own Python, whose torch has CUDA; it installs nothing.

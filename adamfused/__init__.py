@@ -7,10 +7,19 @@ from typing import Any
 from .adam import Adam, AdamW
 from .backward import step_in_backward
 from .clip import grad_norm
+from .master import fp32_weights, load_fp32_weights
 from .rmsprop import RMSprop
 
 __version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "RMSprop", "grad_norm", "step_in_backward"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "fp32_weights",
+    "grad_norm",
+    "load_fp32_weights",
+    "step_in_backward",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import EmaDecay, Options, Plan, StateDtype, as_number, check_lr
+from .base import EmaDecay, Options, Plan, as_number, check_lr
 from .optimizer import FusedOptimizer
+from .storage import StateDtype
 
 
 class Adam(FusedOptimizer):
@@ -45,7 +46,17 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: shrink the weights directly, as AdamW does.
         bias_correction: ``False`` leaves out both :math:`1-\beta^t`.
         state_dtype: the dtype of the moments: ``None`` for at least float32 (torch.optim takes the parameter's dtype;
-            with 16-bit parameters that loses small gradients), ``"param"`` for torch's choice, or a floating dtype.
+            with 16-bit parameters that loses small gradients), ``"param"`` for torch's choice, a floating dtype, or
+            ``"int8"`` for codes of 8 bits with a scale for each 128 (float32 for complex parameters and for those with
+            fewer than 4,096 elements).
+        master_weights: of bfloat16 parameters, keep the bits that they round off: ``"split16"`` for the lower half of a
+            float32 weight, with which they train as float32 parameters do, bit for bit; ``"split8"`` for 8 bits of it.
+            ``"fp32"``, for float16 as well, keeps a whole float32 weight. It lies in ``state[p]["master"]``; see
+            :func:`adamfused.fp32_weights`.
+        stochastic_rounding: round 16-bit parameters without a master, and 16-bit moments, at random: up or down, each
+            as often as it is near.
+        seed: of these random numbers and of those by which codes are rounded, from 0 to 2^64 - 1. They depend on it,
+            on the parameter's place in the optimizer, on its step count and on an element's place, and on nothing else.
         max_grad_norm: clip by the global norm: gradients are multiplied, inside of the update, by what
             :func:`torch.nn.utils.clip_grad_norm_` would multiply them by. They are not rewritten. The norm is left in
             :attr:`grad_norm`.
@@ -64,7 +75,8 @@ class Adam(FusedOptimizer):
         backend: ``"auto"``, ``"native"`` or ``"reference"``; ``None`` for what ``ADAMFUSED_BACKEND`` says.
 
     Raises:
-        ValueError: for a hyper-parameter out of range, with torch.optim's words.
+        ValueError: for a hyper-parameter out of range, with torch.optim's words, and for a parameter that cannot have
+            the formats of its group.
 
     Example:
         >>> import torch, adamfused
@@ -104,6 +116,9 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
         state_dtype: StateDtype = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
@@ -142,6 +157,9 @@ class Adam(FusedOptimizer):
             ),
             copy_to=copy_to,
             state_dtype=(state_dtype, None),
+            master_weights=(master_weights, None),
+            stochastic_rounding=(stochastic_rounding, False),
+            seed=(seed, 0),
             bias_correction=(bias_correction, True),
         )
 
@@ -207,6 +225,9 @@ class AdamW(Adam):
         fused: bool | None = None,
         bias_correction: bool = True,
         state_dtype: StateDtype = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
@@ -231,6 +252,9 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             bias_correction=bias_correction,
             state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
             max_grad_norm=max_grad_norm,
             norm_type=norm_type,
             error_if_nonfinite=error_if_nonfinite,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import EMA, BaseOptimizer, check_ema_decay, state_dtype_for
+from .base import BaseOptimizer, check_ema_decay
+from .storage import EMA, MASTER, state_dtype_for, weight
 
 
 class Averaging(BaseOptimizer):
@@ -28,9 +29,10 @@ class Averaging(BaseOptimizer):
             return check_ema_decay(decay(t))
         return 0.0 if decay is None else float(decay)
 
-    def _new_average(self, p: Tensor) -> Tensor:
-        dtype = state_dtype_for(p, self._options.ema_dtype)
-        return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).copy_(p)
+    def _new_average(self, p: Tensor, master: Tensor | None = None) -> Tensor:
+        dtype = state_dtype_for(p, self._options.ema_dtype, EMA)
+        average = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        return average.copy_(weight(p, master))
 
     def _begin_averages(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Of parameters whose states come from where there was no average, it begins with the weights as they are.
@@ -43,7 +45,7 @@ class Averaging(BaseOptimizer):
                 state = self.state.get(p)
                 if state and EMA not in state:
                     with torch.no_grad():
-                        state[EMA] = self._new_average(p)
+                        state[EMA] = self._new_average(p, state.get(MASTER))
                     begun.append(state)
         return begun
 

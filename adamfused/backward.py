@@ -162,7 +162,8 @@ class StepInBackward:
         group = self.optimizer.param_groups[j]
         alone = {**group, "params": [p]}
         self._used[j] = group, alone
-        self.optimizer._eager_step([alone])
+        place = self.optimizer._places()[j] + hook.place[1]
+        self.optimizer._eager_step([alone], None, [place])
         hook.moved = True
 
     def _group_of(self, p: Tensor, hook: _Hook) -> int:

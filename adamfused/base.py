@@ -1,9 +1,8 @@
-"""What all optimizers here share but the step: parameter groups, options and checkpoints."""
+"""What all optimizers here share but the step and checkpoints: parameter groups and options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,8 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backend, checks
-from .formats import FORMATS
-from .norm import check_norm, local
+from .norm import check_norm
+from .shards import local
+from .storage import (
+    EMA,
+    StateDtype,
+    check_options,
+    check_state_dtype,
+    master_problem,
+    rounding_problem,
+    state_dtype_for,
+)
 
 
 class Plan(NamedTuple):
@@ -22,27 +30,6 @@ class Plan(NamedTuple):
     rule: str
     keys: tuple[str, ...]
     hyper: list[float]
-
-
-StateDtype = torch.dtype | str | None
-
-
-def check_state_dtype(value: StateDtype, name: str = "state_dtype") -> None:
-    if not (value is None or value == "param" or value in FORMATS):
-        raise ValueError(
-            f"Invalid {name} value: {value!r}; expected None (at least float32), 'param' or one of "
-            + ", ".join(map(str, FORMATS))
-        )
-
-
-def state_dtype_for(param: Tensor, wish: StateDtype) -> torch.dtype:
-    """The dtype of a parameter's states."""
-    if wish is None:
-        return torch.promote_types(param.dtype, torch.float32)
-    if wish == "param":
-        return param.dtype
-    assert isinstance(wish, torch.dtype)
-    return wish.to_complex() if param.is_complex() else wish
 
 
 def as_number(x: float | Tensor) -> float:
@@ -57,8 +44,6 @@ def check_lr(lr: float | Tensor) -> None:
 
 
 EmaDecay = float | Callable[[float], float] | None
-EMA = "ema"
-"""The key of a state: the average of the weights."""
 
 
 def check_ema_decay(decay: Any) -> float:
@@ -96,7 +81,7 @@ class Options(NamedTuple):
 
 
 class BaseOptimizer(Optimizer):
-    """Groups, options and checkpoints."""
+    """Groups and options."""
 
     _group_defaults: ClassVar[dict[str, Any]] = {}
     """For group keys that older checkpoints lack: the value that they stood for."""
@@ -121,7 +106,7 @@ class BaseOptimizer(Optimizer):
                 f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
                 f"use torch.optim.{type(self).__name__} for that"
             )
-        check_state_dtype(extras["state_dtype"][0])
+        check_options({key: value for key, (value, _) in extras.items()})
         backend.choose(options.backend)
         backend.native()
         self._copies: dict[Any, Tensor] = {}
@@ -164,6 +149,21 @@ class BaseOptimizer(Optimizer):
             raise ValueError(problem)
         self._copies.update(zip(params, copies, strict=True))
 
+    def _format_problem(
+        self, p: Any, group: Mapping[str, Any], states: Sequence[torch.dtype] | None = None
+    ) -> str | None:
+        """Why a parameter cannot be kept in the formats of its group, or ``None``; ``states`` are the dtypes of those
+        that it has."""
+        if not isinstance(p, Tensor):
+            return None  # of these speaks torch
+        if problem := master_problem(p.dtype, group.get("master_weights")):
+            return problem
+        if states is None:
+            states = [state_dtype_for(p, group.get("state_dtype"), "")]
+            if self._options.ema_decay is not None:
+                states.append(state_dtype_for(p, self._options.ema_dtype, EMA))
+        return rounding_problem(p, group, states)
+
     @staticmethod
     def _check_group(group: Mapping[str, Any]) -> None:
         """Raises ValueError, in torch.optim's words, if a number in a group is out of range."""
@@ -172,7 +172,7 @@ class BaseOptimizer(Optimizer):
     def _plan(self, group: dict[str, Any]) -> Plan:
         raise NotImplementedError
 
-    # ---- groups and checkpoints --------------------------------------------------------------------------------
+    # ---- groups -------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as in ``torch.optim``. With ``copy_to``, the group has an entry of that name.
@@ -180,10 +180,10 @@ class BaseOptimizer(Optimizer):
         Raises:
             ValueError: also if a parameter stands twice in the group: it would be moved twice at once.
         """
-        if isinstance(param_group, dict) and not isinstance(
-            param_group.get("params"), (Tensor, set, type(None))
-        ):
-            param_group["params"] = params = list(param_group["params"])
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if not isinstance(params, (set, type(None))):  # of these speaks torch
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group["params"] = params
             tensors = [p[1] if isinstance(p, tuple) else p for p in params]
             first: dict[int, int] = {}
             for i, t in enumerate(tensors):
@@ -192,9 +192,15 @@ class BaseOptimizer(Optimizer):
                         f"{type(self).__name__}: parameter {i} of group {len(self.param_groups)} is parameter "
                         f"{first[id(t)]} once more; expected each parameter once; remove one of them"
                     )
-            check_state_dtype(param_group.get("state_dtype"))
-            self._check_group(self.defaults | param_group)
-            self._check_average(self.defaults | param_group)
+            group = self.defaults | param_group
+            check_options(group)
+            self._check_group(group)
+            self._check_average(group)
+            for i, p in enumerate(params):
+                name, p = (f" ('{p[0]}')", p[1]) if isinstance(p, tuple) else ("", p)
+                if problem := self._format_problem(p, group):
+                    place = f"parameter {i} of group {len(self.param_groups)}{name}"
+                    raise ValueError(f"{type(self).__name__}: {place}: {problem}")
         copy_to = None
         if isinstance(param_group, dict):
             has_some = next(self._each(), None) is not None
@@ -213,76 +219,6 @@ class BaseOptimizer(Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 raise
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_copies": self._copies}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._results = {}
-        extras = {k: v for k, v in self.defaults.items() if k in ("state_dtype", "bias_correction")}
-        for group in self.param_groups:
-            for key, value in (self._group_defaults | extras).items():
-                group.setdefault(key, value)
-            for p in group["params"]:
-                entry = self.state.get(p)
-                if not entry:
-                    continue
-                saved = getattr(self, "_loading", {}).get(p, {})
-                for key, value in saved.items():  # torch has cast these to the parameter's dtype
-                    if isinstance(value, Tensor) and key != "step":
-                        entry[key] = value.to(device=p.device)
-                count = saved.get("step", entry["step"])
-                if not isinstance(count, Tensor):
-                    count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
-                if "_loading" in self.__dict__:
-                    device = p.device if group["capturable"] else torch.device("cpu")
-                    dtype = torch.float32 if group["capturable"] else count.dtype
-                    count = count.to(device=device, dtype=dtype, copy=True)  # may be shared by all
-                entry["step"] = count
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of its ``torch.optim`` namesake. The states keep their dtypes.
-
-        Raises:
-            ValueError: if a state does not fit its parameter; the optimizer is then as it was.
-        """
-        # The last hook: those of the user have run.
-        handle = self.register_load_state_dict_pre_hook(lambda _, saved: self._check_loaded(saved))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self.__dict__.pop("_loading", None)
-
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        """Refuses what does not fit, and keeps the entries as they came for `__setstate__`."""
-        saved_groups = state_dict["param_groups"]
-        lengths = [len(g["params"]) for g in saved_groups]
-        if lengths != [len(g["params"]) for g in self.param_groups]:
-            return  # torch's own message follows
-        self._loading: dict[Tensor, dict[str, Any]] = {}
-        saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
-        optional = {"bias_correction", "state_dtype", *self._group_defaults}
-        for j, saved in enumerate(saved_groups):
-            lacking = [key for key in self.defaults if key not in saved and key not in optional]
-            if lacking:
-                raise ValueError(
-                    f"{type(self).__name__}: group {j} of the checkpoint lacks {', '.join(map(repr, lacking))}; "
-                    "expected all options of this optimizer; it was saved by another one, or is not whole"
-                )
-        groups = [self._group_defaults | self.defaults | dict(group) for group in saved_groups]
-        for group in groups:
-            self._check_group(group)
-            check_state_dtype(group.get("state_dtype"))
-        plans = [self._plan(group) for group in groups]
-        for (j, _, p), saved_id in zip(self._each(), saved_ids, strict=True):
-            entry = state_dict["state"].get(saved_id)
-            if entry:
-                if problem := checks.load_problem(p, entry, plans[j].keys, self._known_keys()):
-                    raise ValueError(f"{self._place(p)}: {problem}")
-                self._loading[p] = dict(entry)
 
     def _each(self) -> Any:
         for j, group in enumerate(self.param_groups):

@@ -5,13 +5,15 @@ Each names the parameter, what it got, what was expected and what to do. They ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .formats import FORMATS
+from .formats import CODES, FORMATS, scales_shape
+from .shards import local
+from .storage import EMA, MASTER, MASTERS, code_dtype, master_problem, scale_key
 
 _DTYPES = "float32, float64, bfloat16 or float16, or a complex dtype made of one of these"
 
@@ -78,8 +80,8 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() < b_end and b.data_ptr() < a_end
 
 
-def _memory_problem(t: Tensor, what: str) -> str | None:
-    """Why no kernel can read ``t``, if so."""
+def _memory_problem(t: Tensor, what: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why no kernel can read ``t``, if so; ``dtype`` is the one that it must have, if there is only one."""
     if stands_for_another(t):
         if type(t) in (Tensor, torch.nn.Parameter):
             return f"{what} is a wrapper made by torch.func; expected a plain tensor or a DTensor; step outside of it"
@@ -89,8 +91,8 @@ def _memory_problem(t: Tensor, what: str) -> str | None:
         return f"{what} is on the meta device, which has no memory; materialise it first, as with Module.to_empty()"
     if t.layout is not torch.strided:
         return f"{what} has layout {t.layout}; expected a dense tensor; convert it with to_dense()"
-    if not is_supported(t.dtype):
-        return f"{what} has dtype {t.dtype}; expected {_DTYPES}"
+    if not (is_supported(t.dtype) if dtype is None else t.dtype == dtype):
+        return f"{what} has dtype {t.dtype}; expected {dtype or _DTYPES}"
     if not _has_memory(t):
         return (
             f"{what} has lost its memory: its storage has {t.untyped_storage().nbytes()} bytes, and "
@@ -99,12 +101,16 @@ def _memory_problem(t: Tensor, what: str) -> str | None:
     return None
 
 
-def _part_problem(param: Tensor, t: Tensor, what: str, remedy: str) -> str | None:
-    """Why ``t``, a gradient or a state, does not go with ``param``, if so."""
+def _part_problem(
+    param: Tensor, t: Tensor, what: str, remedy: str, shape: tuple[int, ...] | None = None
+) -> str | None:
+    """Why ``t``, a gradient or a state, does not go with ``param``, if so; ``shape`` if it is not the parameter's."""
     if t.device != param.device:
         return f"{what} is on {t.device}; expected the parameter's device {param.device}; {remedy}"
-    if t.shape != param.shape:
-        return f"{what} has shape {tuple(t.shape)}; expected the parameter's shape {tuple(param.shape)}; {remedy}"
+    expected = tuple(param.shape if shape is None else shape)
+    if t.shape != expected:
+        whose = "the parameter's shape " if shape is None else ""
+        return f"{what} has shape {tuple(t.shape)}; expected {whose}{expected}; {remedy}"
     if t.is_complex() != param.is_complex():
         kind = "complex" if param.is_complex() else "real"
         return f"{what} has dtype {t.dtype}; expected a {kind} one, as the parameter's {param.dtype}; {remedy}"
@@ -171,32 +177,78 @@ def shared_memory(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> s
     return None
 
 
+class _Part(NamedTuple):
+    """A tensor of a parameter's state.
+
+    Args:
+        shape: if it is not the parameter's.
+        dtype: the one that it must have; None for any that a number may have.
+    """
+
+    key: str
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+def _parts(
+    param: Tensor, state: Mapping[str, Any], keys: Iterable[str], master: torch.dtype | None
+) -> list[_Part]:
+    """What a parameter's state has to consist of, given which of the states ``keys`` are codes of 8 bits."""
+    coded = [key for key in keys if key != EMA and getattr(state.get(key), "dtype", None) in CODES]
+    parts = [_Part(key, dtype=code_dtype(key) if key in coded else None) for key in keys]
+    if master is not None:
+        parts.append(_Part(MASTER, dtype=master))
+    shape = scales_shape(param.shape)
+    return parts + [_Part(scale_key(key), shape, torch.float32) for key in coded]
+
+
+_ANEW = "load a checkpoint that fits, or drop this parameter's state to begin anew"
+
+
 def step_problem(
-    param: Tensor, grad: Tensor, state: Mapping[str, Any], keys: Sequence[str]
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    keys: Sequence[str],
+    group: Mapping[str, Any],
 ) -> str | None:
     """Why this parameter cannot be stepped, or ``None``."""
     if problem := tensors_problem(param, grad):
         return problem
-    for key in keys:
-        t = state.get(key)
-        remedy = "load a checkpoint that fits, or drop this parameter's state to begin anew"
+    kind = group.get("master_weights")
+    if (MASTER in state) != (kind is not None):
+        return (
+            f"state 'master' is {'missing' if kind else 'there'}, and its group has master_weights={kind!r}; expected "
+            "it only where that is set; to change it, load the optimizer's own state_dict() after it"
+        )
+    seen = {"the parameter": param}
+    for part in _parts(param, state, keys, kind and MASTERS[kind]):
+        t, what = state.get(part.key), f"state '{part.key}'"
         if not isinstance(t, Tensor):
-            got = "is missing" if key not in state else f"is a {type(t).__name__}"
-            return f"state '{key}' {got}; expected a tensor of shape {tuple(param.shape)}; {remedy}"
-        if problem := _part_problem(param, t, f"state '{key}'", remedy) or _memory_problem(
-            t, f"state '{key}'"
+            got = "is missing" if part.key not in state else f"is a {type(t).__name__}"
+            shape = tuple(part.shape or param.shape)
+            return f"{what} {got}; expected a tensor of shape {shape}; {_ANEW}"
+        if problem := _part_problem(param, t, what, _ANEW, part.shape) or _memory_problem(
+            t, what, part.dtype
         ):
             return problem
         if t.is_inference() and not torch.is_inference_mode_enabled():
-            return f"state '{key}' was made in inference mode and cannot be written outside of it; clone() it"
-        for other in ("it", *keys[: keys.index(key)]):
-            if _same_memory(t, param if other == "it" else state[other]):
-                name = "the parameter" if other == "it" else f"state '{other}'"
-                return (
-                    f"state '{key}' lies in the same memory as {name}; expected its own; clone() it"
-                )
+            return (
+                f"{what} was made in inference mode and cannot be written outside of it; clone() it"
+            )
+        for name, other in seen.items():
+            if _same_memory(t, other):
+                return f"{what} lies in the same memory as {name}; expected its own; clone() it"
         if may_overlap(t):
-            return f"elements of state '{key}' may share memory (strides {t.stride()}); expected its own; {remedy}"
+            return f"elements of {what} may share memory (strides {t.stride()}); expected its own; {_ANEW}"
+        if part.key in keys and t.dtype in CODES and group.get("state_dtype") != "int8":
+            return (
+                f"{what} has codes of 8 bits, and its group has state_dtype={group.get('state_dtype')!r}; expected "
+                "'int8'; to change it, load the optimizer's own state_dict() after it"
+            )
+        if part.dtype is not None and part.key != MASTER and not t.is_contiguous():
+            return f"{what} has strides {t.stride()}; expected a contiguous tensor; {_ANEW}"
+        seen[what] = t
     count = state.get("step")
     if not isinstance(count, Tensor) or count.numel() != 1:
         got = f"a {type(count).__name__}"
@@ -221,16 +273,27 @@ def count_is_valid(count: Tensor | float) -> bool:
 
 
 def load_problem(
-    param: Tensor, state: Mapping[str, Any], required: Sequence[str], known: Sequence[str]
+    param: Tensor,
+    state: Mapping[str, Any],
+    required: Sequence[str],
+    known: Sequence[str],
+    master: str | None = None,
 ) -> str | None:
-    """Why this entry of a state dict does not fit the parameter, or ``None``."""
+    """Why this entry of a state dict does not fit the parameter, which has these ``master_weights``, or ``None``."""
     missing = [key for key in ("step", *required) if key not in state]
     if missing:
         return (
             f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer, or "
             "with other options"
         )
-    unknown = [key for key in state if key not in known and key != "step"]
+    beside = state.get(MASTER)
+    parts = _parts(
+        param,
+        state,
+        [key for key in known if key in state],
+        getattr(beside, "dtype", torch.float32) if MASTER in state else None,
+    )
+    unknown = [key for key in state if key != "step" and all(key != part.key for part in parts)]
     if unknown == ["ema"]:
         return (
             "the checkpoint has 'ema', an average of the weights, and this optimizer keeps none; make it with "
@@ -238,26 +301,23 @@ def load_problem(
         )
     if unknown:
         return f"the checkpoint has {_names(unknown)}, which this optimizer does not know; expected {_names(known)}"
-    for key in known:
-        if key not in state:
-            continue
-        t = state[key]
-        if not isinstance(t, Tensor):
-            return f"'{key}' in the checkpoint is a {type(t).__name__}; expected a tensor"
-        if t.shape != param.shape:
-            return (
-                f"'{key}' in the checkpoint has shape {tuple(t.shape)}; expected the parameter's {tuple(param.shape)}; "
-                "it was saved for another model or another order of parameters"
-            )
-        if not is_supported(t.dtype) or t.is_complex() != param.is_complex():
-            return (
-                f"'{key}' in the checkpoint has dtype {t.dtype}, which does not go with the parameter's {param.dtype}; "
-                "it was saved for another model"
-            )
-        if not stands_for_another(t) and (
-            problem := _memory_problem(t, f"'{key}' in the checkpoint")
-        ):
+    for part in parts:
+        if part.key not in state:
+            return f"the checkpoint lacks '{part.key}', without which codes of 8 bits mean nothing; it is not whole"
+        if problem := _saved_problem(param, state[part.key], part):
             return problem
+    if beside is not None and beside.dtype not in MASTERS.values():
+        return (
+            f"'master' in the checkpoint has dtype {beside.dtype}; expected one of "
+            f"{', '.join(map(str, MASTERS.values()))}"
+        )
+    if master is not None and beside is not None:
+        kind = next(kind for kind, dtype in MASTERS.items() if dtype == beside.dtype)
+        if master_problem(param.dtype, kind):
+            return (
+                f"'master' in the checkpoint has dtype {beside.dtype}, which does not go with the parameter's "
+                f"{param.dtype}; it was saved for another model"
+            )
     count = state["step"]
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.dtype not in _COUNTS or count.device.type == "meta":
@@ -269,6 +329,42 @@ def load_problem(
         return f"'step' in the checkpoint is a {type(count).__name__}; expected one number"
     if not count_is_valid(count):
         return f"'step' in the checkpoint is {float(count)}; expected a number from 0 to 2^53"
+    return None
+
+
+def _saved_problem(param: Tensor, t: Any, part: _Part) -> str | None:
+    """Why a tensor of a checkpoint does not go with the parameter, if so."""
+    what = f"'{part.key}' in the checkpoint"
+    if not isinstance(t, Tensor):
+        return f"{what} is a {type(t).__name__}; expected a tensor"
+    expected = tuple(part.shape or param.shape)
+    if t.shape != expected:
+        whose = "" if part.shape else "the parameter's "
+        return (
+            f"{what} has shape {tuple(t.shape)}; expected {whose}{expected}; "
+            "it was saved for another model or another order of parameters"
+        )
+    fits = is_supported(t.dtype) if part.dtype is None else t.dtype == part.dtype
+    if not fits or t.is_complex() != param.is_complex():
+        return (
+            f"{what} has dtype {t.dtype}, which does not go with the parameter's {param.dtype}; "
+            "it was saved for another model"
+        )
+    here = local(t)
+    shape = local(param).shape
+    if here.shape != (scales_shape(shape) if part.shape else shape):
+        return (
+            f"{what} has shape {tuple(here.shape)} on this rank, where the parameter has {tuple(shape)}; expected it "
+            "sharded as the parameter; load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    if stands_for_another(here):
+        return None
+    if problem := _memory_problem(here, what, part.dtype):
+        return problem
+    if part.dtype is not None and part.key != MASTER and not here.is_contiguous():
+        return f"{what} has strides {here.stride()}; expected a contiguous tensor"
+    if part.shape and not bool(((here >= 0) & (here < torch.inf)).all()):
+        return f"{what} has numbers that are negative or not finite; expected scales; the checkpoint is damaged"
     return None
 
 

@@ -62,7 +62,7 @@ _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd
 
 
-def mix(x):  # type: ignore[no-untyped-def]  # of an int, or of a tensor of them
+def mix(x):  # of an int, or of a tensor of them
     """A word of 32 bits that depends on every bit of ``x``, one to one (Wellons' hash "lowbias32")."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
@@ -71,7 +71,7 @@ def mix(x):  # type: ignore[no-untyped-def]  # of an int, or of a tensor of them
 
 def place_key(seed: int, place: int) -> int:
     """What the random numbers of a parameter depend on: the seed, and its place among the optimizer's parameters."""
-    return mix(mix(mix(seed & _WORD) ^ (seed >> 32 & _WORD)) ^ (place & _WORD))  # type: ignore[no-any-return]
+    return mix(mix(mix(seed & _WORD) ^ (seed >> 32 & _WORD)) ^ (place & _WORD))
 
 
 class Random(NamedTuple):
@@ -193,8 +193,8 @@ def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
 # ---- 8 bits --------------------------------------------------------------------------------------------------------
 # A number's magnitude, as a part of what the largest of its block is scaled to, plus c, is a float32 whose exponent
 # and first mantissa bits, counted from those of c, are the code. So codes are evenly spaced up to about c and
-# logarithmically above, zero is one of them, and to encode and decode takes additions and shifts. Rounded up and down in
-# turn, because a running average that moves by less than half of a code's step would else stand still.
+# logarithmically above, zero is one of them, and to encode and decode takes additions and shifts. Rounded up and down
+# in turn, because a running average that moves by less than half of a code's step would else stand still.
 
 BLOCK = 128
 """Consecutive numbers that have one scale."""
@@ -227,13 +227,17 @@ class Code(NamedTuple):
     @property
     def largest(self) -> float:
         """What the largest magnitude of a block is scaled to."""
-        return _rounded(float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c)
+        return _rounded(
+            float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c
+        )
 
 
 CODES = {
     torch.int8: Code(c=2.0**-16, mantissa=3, top=127, special=-128),
     torch.uint8: Code(c=2.0**-32, mantissa=3, top=254, special=255),
 }
+
+
 def scales_shape(shape: torch.Size) -> tuple[int, ...]:
     """The shape of the scales of a tensor: by rows where a row is whole blocks, so that both can be sharded alike."""
     row = shape[1:].numel()
@@ -274,8 +278,8 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
 
 
 def _power_above(x: Tensor) -> Tensor:
-    """The power of two that is as large or next above; its inverse is a normal number. So scales seldom change, and with
-    them what numbers that have not changed are rounded to."""
+    """The power of two that is as large or next above; its inverse is a normal number. So scales seldom change, and
+    with them what numbers that have not changed are rounded to."""
     return _float_of((_bits(x) + 0x7FFFFF & _INF).clamp(_BITS_OF_LEAST, _BITS_OF_MOST))
 
 

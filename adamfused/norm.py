@@ -9,7 +9,6 @@ float32 is exact.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from . import checks
 from .rules import larger, root
+from .shards import local, local_gradient
 
 CHUNK, LANES = 4096, 32
 NORM_TYPES = (2.0, float("inf"))
@@ -36,21 +36,6 @@ def check_norm(max_grad_norm: float | None, norm_type: float) -> None:
             f"Invalid norm_type value: {norm_type}; expected 2.0 or float('inf'); for other norms call "
             "torch.nn.utils.clip_grad_norm_ before step()"
         )
-
-
-def local(t: Any) -> Any:
-    """What a DTensor holds on this rank; anything else as it is."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return t._local_tensor if tensors is not None and isinstance(t, tensors.DTensor) else t
-
-
-def local_gradient(p: Tensor) -> Tensor:
-    """A parameter's gradient as this rank holds it, where it has one: sharded as the parameter is."""
-    grad: Any = p.grad
-    if local(p) is not p and local(grad) is not grad and grad.placements != p.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    result: Tensor = local(grad)
-    return result
 
 
 def coefficient(norm: Tensor, max_norm: float) -> Tensor:

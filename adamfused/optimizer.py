@@ -9,20 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, checks, reference
-from .average import Averaging
-from .base import EMA, Plan, as_number, state_dtype_for
+from . import backend, memory, reference
+from .base import Plan, as_number
+from .checkpoints import Checkpoints
 from .clip import Clipping
-from .norm import coefficient, local, local_gradient
+from .formats import Random
+from .norm import coefficient
 from .rules import Now
+from .states import Randomness, States
+from .storage import EMA, MASTER, MASTERS, scale_key
 
 
-class FusedOptimizer(Averaging, Clipping):
+class FusedOptimizer(States, Clipping, Checkpoints):
     """A ``torch.optim.Optimizer`` whose step is one call for all parameters.
 
     A subclass gives `_plan` and the class attributes of :class:`adamfused.base.BaseOptimizer`, and passes torch's own
     defaults to ``__init__``.
     """
+
+    def memory_summary(self) -> memory.MemorySummary:
+        """The bytes that parameters, gradients, states and copies take, and those that a step moves, by kind of tensor.
+
+        Told from the dtypes of the states, or of those that the first step will make. Of sharded parameters it is what
+        this rank holds. ``print`` shows a table.
+
+        Example:
+            >>> import torch, adamfused
+            >>> weight = torch.nn.Parameter(torch.ones(1024, 1024, dtype=torch.bfloat16))
+            >>> optimizer = adamfused.AdamW([weight], master_weights="split16", state_dtype="int8")
+            >>> print(optimizer.memory_summary())
+            Memory of 1,048,576 parameters
+            <BLANKLINE>
+                           resident              moved
+                        B/parameter    MB  B/parameter     MB
+            ----------  -----------  ----  -----------  -----
+            parameter          2.00  2.10         4.00   4.19
+            gradient           2.00  2.10         2.00   2.10
+            exp_avg            1.00  1.05         2.00   2.10
+            exp_avg_sq         1.00  1.05         2.00   2.10
+            master             2.00  2.10         4.00   4.19
+            scales             0.06  0.07         0.12   0.13
+            total              8.06  8.45        14.12  14.81
+        """
+        return memory.summary(self)
 
     # Not under torch.no_grad() as a whole: the kernels do not need it, and an interrupt (Ctrl-C) that arrives while
     # its Python code sets the mode back would leave gradients off for the rest of the process.
@@ -72,9 +101,13 @@ class FusedOptimizer(Averaging, Clipping):
 
     @torch._disable_dynamo
     def _eager_step(
-        self, groups: Sequence[dict[str, Any]], grad_norm: Tensor | None = None
+        self,
+        groups: Sequence[dict[str, Any]],
+        grad_norm: Tensor | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
-        """The step of these groups, which may also be parts of this optimizer's own."""
+        """The step of these groups, which may also be parts of this optimizer's own: ``places`` then tells where each
+        begins among all parameters."""
         self._check_capture()
         if self._swapped:
             raise RuntimeError(
@@ -88,7 +121,7 @@ class FusedOptimizer(Averaging, Clipping):
             return
         begun = self._begin_averages(groups)
         try:
-            self._move(groups, choice, native, factor, found_inf)
+            self._move(groups, places or self._places(), choice, native, factor, found_inf)
         except BaseException:
             for state in begun:
                 state.pop(EMA)
@@ -97,53 +130,67 @@ class FusedOptimizer(Averaging, Clipping):
     def _move(
         self,
         groups: Sequence[dict[str, Any]],
+        places: Sequence[int],
         choice: str,
         native: Any,
         factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         plans = [self._full_plan(group) for group in groups]
+        randoms = [self._randomness(g, place) for g, place in zip(groups, places, strict=True)]
         decays: dict[float, float] = {}  # by step count, where the reference asks
 
         def init(j: int, i: int) -> None:
             p = groups[j]["params"][i]
-            self._check(p, plans[j].keys, only_tensors=True)
+            self._check(p, groups[j], plans[j].keys, only_tensors=True)
             self.state[p] = self._new_state(p, groups[j], plans[j].keys)
 
-        def judge(j: int, i: int) -> list[Tensor] | None:
-            return self._judge(groups[j]["params"][i], plans[j].keys, choice)
+        def judge(j: int, i: int) -> list[Tensor | None] | None:
+            return self._judge(groups[j]["params"][i], groups[j], plans[j].keys, choice)
 
         if native is not None:
-            rows = [
-                self._row(native, group, plan) for group, plan in zip(groups, plans, strict=True)
-            ]
+            rows = [self._row(native, *each) for each in zip(groups, plans, randoms, strict=True)]
             left = native.step(self.state, rows, init, judge, factor, found_inf)
         else:
             left = self._ready_for_reference(groups, plans, init, decays)
         if left and not (found_inf is not None and bool(found_inf)):
-            self._reference_step(groups, plans, left, factor, decays)
+            self._reference_step(groups, plans, randoms, left, factor, decays)
 
     @torch.no_grad()
     def _reference_step(
         self,
         groups: Sequence[dict[str, Any]],
         plans: Sequence[Plan],
+        randoms: Sequence[Randomness | None],
         places: Sequence[tuple[int, int]],
         factor: Tensor | None,
         decays: dict[float, float],
     ) -> None:
         scale = 1.0 if factor is None else float(factor)
         for j, i in places:
-            param = groups[j]["params"][i]
-            p, g, *states, count = self._tensors(param, plans[j].keys)
-            copy = states.pop() if self._copies else None
-            after = count + 1
+            parts = self._parts(groups[j]["params"][i], plans[j].keys)
+            after = parts.step + 1
             t = float(after)
             if t not in decays:
                 decays[t] = self._ema_decay_at(t)
             now = Now(as_number(groups[j]["lr"]), t, scale, decays[t])
-            reference.step(plans[j].rule, plans[j].hyper, now, p, g, states, copy)
-            count.copy_(after)
+            random = None
+            if (drawn := randoms[j]) is not None:
+                random = Random.at_step(drawn.place_keys[i], t, drawn.firsts[i])
+            reference.step(
+                plans[j].rule,
+                plans[j].hyper,
+                now,
+                parts.param,
+                parts.grad,
+                parts.states,
+                parts.copy,
+                master=parts.master,
+                scales=parts.scales,
+                random=random,
+                stochastic=drawn is not None and drawn.stochastic,
+            )
+            parts.step.copy_(after)
 
     def _ready_for_reference(
         self,
@@ -166,7 +213,7 @@ class FusedOptimizer(Averaging, Clipping):
                 if not self.state.get(p):
                     before[p] = dict.get(self.state, p)
                     init(j, i)
-                self._check(p, plans[j].keys)
+                self._check(p, groups[j], plans[j].keys)
                 t = float(self.state[p]["step"] + 1)
                 if t not in decays:
                     decays[t] = self._ema_decay_at(t)
@@ -192,7 +239,7 @@ class FusedOptimizer(Averaging, Clipping):
     def _traced_step(self, grad_norm: Tensor | None) -> None:
         gathered: list[Any] = []
         for group in self.param_groups:
-            lists: tuple[list[Tensor], ...] = ([], [], [], [])
+            lists: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [])
             self._init_group(group, *lists)
             if lists[0]:
                 gathered.append((group, self._full_plan(group), *lists))
@@ -207,21 +254,27 @@ class FusedOptimizer(Averaging, Clipping):
                 total = torch.ops.adamfused.gradient_norm(all_params, all_grads, largest)
             self._results["grad_norm"] = total.to(self._norm_dtype())
             factor = coefficient(total.double(), max_norm)
-        for group, plan, params, grads, states, counts in gathered:
+        for group, plan, params, grads, states, counts, masters, scales, keys, firsts in gathered:
             lr = group["lr"]
             on_device = isinstance(lr, Tensor)
+            coded = any(scale is not None for scale in scales)
             torch.ops.adamfused.step_(
                 params,
                 grads,
                 states,
                 counts,
                 [self._copies[p] for p in params] if self._copies else [],
+                masters,
+                [params[0].new_empty(0) if s is None else s for s in scales] if coded else [],
                 plan.rule,
                 plan.hyper,
                 0.0 if on_device else lr,
                 lr if on_device else None,
                 self._options.ema_decay,
                 factor,
+                group.get("stochastic_rounding", False),
+                keys,
+                firsts,
             )
 
     def _init_group(
@@ -231,43 +284,37 @@ class FusedOptimizer(Averaging, Clipping):
         grads: list[Tensor],
         states: list[Tensor],
         counts: list[Tensor],
+        masters: list[Tensor],
+        scales: list[Tensor | None],
+        place_keys: list[int],
+        firsts: list[int],
     ) -> None:
         """Fills the lists from a group. torch.compile runs this very method while it traces, by this name."""
         plan = self._full_plan(group)
-        for p in group["params"]:
+        j = next(j for j, each in enumerate(self.param_groups) if each is group)
+        random = self._randomness(group, self._places()[j])
+        for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
             if len(self.state[p]) == 0:
                 self.state[p] = self._new_state(p, group, plan.keys)
             if EMA in plan.keys and EMA not in self.state[p]:
-                self.state[p][EMA] = self._new_average(p)
+                self.state[p][EMA] = self._new_average(p, self.state[p].get(MASTER))
+            state = self.state[p]
             params.append(p)
             grads.append(p.grad)
-            states.extend(self.state[p][key] for key in plan.keys)
-            counts.append(self.state[p]["step"])
+            states.extend(state[key] for key in plan.keys)
+            counts.append(state["step"])
+            if group.get("master_weights"):
+                masters.append(state[MASTER])
+            scales.extend(state.get(scale_key(key)) for key in plan.keys)
+            if random is not None:
+                place_keys.append(random.place_keys[i])
+                firsts.append(random.firsts[i])
 
-    @torch.no_grad()
-    def _new_state(
-        self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
-    ) -> dict[str, Tensor]:
-        dtype = state_dtype_for(p, group.get("state_dtype"))
-        device = p.device if group["capturable"] else torch.device("cpu")
-        state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-        for key in keys:
-            state[key] = (
-                self._new_average(p)
-                if key == EMA
-                else torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            )
-        return state
-
-    def _full_plan(self, group: dict[str, Any]) -> Plan:
-        plan = self._plan(group)
-        if self._options.ema_decay is None:
-            return plan
-        return plan._replace(keys=(*plan.keys, EMA))
-
-    def _row(self, native: Any, group: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+    def _row(
+        self, native: Any, group: dict[str, Any], plan: Plan, random: Randomness | None
+    ) -> tuple[Any, ...]:
         lr, decay = group["lr"], self._options.ema_decay
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu" and group["capturable"]
         return (
@@ -279,6 +326,9 @@ class FusedOptimizer(Averaging, Clipping):
             list(group["params"]),
             self._ema_decay_at if callable(decay) else decay,
             [self._copies[p] for p in group["params"]] if self._copies else [],
+            (MASTER, MASTERS[kind].itemsize) if (kind := group.get("master_weights")) else None,
+            tuple(scale_key(key) for key in plan.keys),
+            random,
         )
 
     def _check_capture(self) -> None:
@@ -287,38 +337,16 @@ class FusedOptimizer(Averaging, Clipping):
             check = self._cuda_graph_capture_health_check
         check()
 
-    def _tensors(self, p: Any, keys: Sequence[str]) -> list[Tensor]:
-        """(parameter, gradient, \\*states, copy if there are copies, step) as plain tensors: of DTensors, what this
-        rank holds."""
-        state = self.state[p]
-        copies = [self._copies[p]] if self._copies else []
-        others = (*(state[key] for key in keys), *copies, state["step"])
-        return [local(p), local_gradient(p), *(local(t) for t in others)]
-
-    def _check(self, p: Any, keys: Sequence[str], only_tensors: bool = False) -> None:
-        """Raises if a parameter cannot be stepped; with ``only_tensors``, looks at no state yet."""
-        if not isinstance(p, Tensor):
-            raise RuntimeError(f"{self._place(p)}: expected a tensor; got {type(p).__name__}")
-        state = {} if only_tensors else self.state[p]
-        state = {key: local(value) for key, value in state.items()}
-        if only_tensors:
-            problem = checks.tensors_problem(local(p), local_gradient(p))
-        else:
-            problem = checks.step_problem(local(p), local_gradient(p), state, keys)
-        if problem is None and self._copies:
-            problem = checks.copy_problem(local(p), local(self._copies[p]))
-            problem = problem and f"its copy_to: {problem}"
-        if problem:
-            raise RuntimeError(f"{self._place(p)}: {problem}")
-
     @torch.no_grad()
-    def _judge(self, p: Any, keys: Sequence[str], choice: str) -> list[Tensor] | None:
+    def _judge(
+        self, p: Any, group: dict[str, Any], keys: Sequence[str], choice: str
+    ) -> list[Tensor | None] | None:
         """What to do with a parameter that the kernels did not take: an error, other tensors, or the reference."""
-        self._check(p, keys)
-        tensors = self._tensors(p, keys)
-        reason = backend.why_not_native(tensors[0].device)
-        if reason is None and tensors[0] is not p:
-            return tensors
+        self._check(p, group, keys)
+        parts = self._parts(p, keys)
+        reason = backend.why_not_native(parts.param.device)
+        if reason is None and parts.param is not p:
+            return parts.listed()
         if choice == "native":
             raise RuntimeError(
                 f"{self._place(p)}: backend 'native' was asked for, but "

@@ -19,6 +19,7 @@ struct Found {
   size_t place;  // in its group
   Parts parts;
   const at::Tensor* count;
+  bool usual;  // its state has no more entries than were asked for
 };
 
 class Gatherer {
@@ -36,8 +37,9 @@ class Gatherer {
   // The step is made: the states that `init` made stay.
   void keep() { fresh_.clear(); }
 
-  // copies: as many tensors as params, or nothing.
-  std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys, const py::list& copies) {
+  // copies: as many tensors as params, or nothing. master: a key, or None. scales: a key for each state.
+  std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys, const py::list& copies,
+                            const py::object& master, const py::tuple& scales) {
     std::vector<Found> all;
     all.reserve(params.size());
     held_.reserve(held_.size() + params.size() * (kSlots + 1));
@@ -45,7 +47,7 @@ class Gatherer {
     const bool copied = copies.size() == params.size();
     for (size_t i = 0; i < params.size(); ++i) {  // the size is asked anew each time: init runs user code
       PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
-      Found found{i, {}, nullptr};
+      Found found{i, {}, nullptr, true};
       if ((found.parts[kParam] = hold_tensor(object)) != nullptr) {
         const at::Tensor& grad = found.parts[kParam]->unsafeGetTensorImpl()->grad();
         if (!grad.defined()) continue;
@@ -69,7 +71,16 @@ class Gatherer {
           found.count = hold_tensor(look_up(step_key_.ptr()));
           for (size_t k = 0; k < states; ++k)
             found.parts[kState + k] = hold_tensor(look_up(PyTuple_GET_ITEM(keys.ptr(), k)));
-          if (copied) found.parts[kState + states] = hold_tensor(PyList_GET_ITEM(copies.ptr(), Py_ssize_t(i)));
+          if (copied) found.parts[kCopy] = hold_tensor(PyList_GET_ITEM(copies.ptr(), Py_ssize_t(i)));
+          Py_ssize_t expected = Py_ssize_t(1 + states + !master.is_none());
+          if (!master.is_none()) found.parts[kMaster] = hold_tensor(look_up(master.ptr()));
+          for (size_t k = 0; k < states; ++k) {
+            const at::Tensor* state = found.parts[kState + k];
+            if (state == nullptr || !is_code(state->scalar_type())) continue;
+            found.parts[kScale + k] = hold_tensor(look_up(PyTuple_GET_ITEM(scales.ptr(), k)));
+            ++expected;
+          }
+          found.usual = PyDict_Size(entry) <= expected;
         }
       }
       all.push_back(found);
@@ -116,47 +127,82 @@ void take_ema_decay(const py::object& given, Group& group) {
     group.ema_decay_at = [given](double t) { return given(t).cast<double>(); };
 }
 
-// groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies). For the i-th
-// parameter of the j-th group, init(j, i) makes its state, and judge(j, i) is asked where these kernels cannot move it:
-// it raises, or gives (param, grad, *states, maybe copy, step) to move instead, or None to leave it to the caller.
-// factor and found_inf: as in Common. Returns what was left, [(j, i)].
+// A row of `step`: a group.
+struct Row {
+  py::tuple keys, scales;
+  py::list params, copies;
+  py::object master;  // its key, or None
+  int64_t master_size = 0;
+  std::vector<int64_t> place_keys, firsts;
+
+  Row(const py::tuple& row, Group& group) {
+    TORCH_CHECK(row.size() == 11, "adamfused._C.step: a group has 11 entries, got ", row.size());
+    group.rule = row[0].cast<int>(), group.lr = row[2].cast<double>();
+    group.lr_tensor = row[3].cast<c10::optional<at::Tensor>>();
+    keys = row[4].cast<py::tuple>(), params = row[5].cast<py::list>(), copies = row[7].cast<py::list>();
+    if (row[8].is_none())
+      master = py::none();
+    else
+      std::tie(master, master_size) = row[8].cast<std::tuple<py::object, int64_t>>();
+    scales = row[9].cast<py::tuple>();
+    take_ema_decay(row[6], group);
+    if (!row[10].is_none())
+      std::tie(group.at_random, place_keys, firsts) =
+          row[10].cast<std::tuple<bool, std::vector<int64_t>, std::vector<int64_t>>>();
+    const auto hyper = row[1].cast<std::vector<double>>();
+    TORCH_CHECK(group.rule >= 0 && group.rule < kRules && hyper.size() == group.facts().hyper_count &&
+                    int(keys.size()) == group.facts().states && scales.size() == keys.size() &&
+                    (place_keys.empty() || (place_keys.size() == params.size() && firsts.size() == params.size())),
+                "adamfused._C.step: a group does not fit its rule");
+    std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
+  }
+  Chance chance(size_t place) const {
+    if (place_keys.empty()) return {};
+    return {true, uint32_t(place_keys[place]), uint32_t(uint64_t(firsts[place]))};
+  }
+};
+
+// groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, (key of the
+// master weights, bytes of one) or None, keys of the scales, None or (16 bits are rounded at random, keys of the
+// params, indices of their first elements)). For the i-th parameter of the j-th group, init(j, i) makes its state, and
+// judge(j, i) is asked where these kernels cannot move it: it raises, or gives [param, grad, *states, copy, master,
+// *scales, step], with None for what is not there, to move instead; or None to leave it to the caller. factor and
+// found_inf: as in Common. Returns what was left, [(j, i)].
 py::list step(const py::dict& state, const py::list& groups, const py::function& init, const py::function& judge,
               const c10::optional<at::Tensor>& factor, const c10::optional<at::Tensor>& found_inf) {
   py::list left;
   std::vector<Group> all(groups.size());
-  std::deque<std::vector<at::Tensor>> judged;  // what judge gave
+  std::deque<std::vector<c10::optional<at::Tensor>>> judged;  // what judge gave
   Gatherer gatherer(state, init);
   Step work({factor, found_inf});
   for (size_t j = 0; j < groups.size(); ++j) {
-    auto [rule, hyper, lr, lr_tensor, keys, params, ema_decay, copies] =
-        groups[j]
-            .cast<std::tuple<int, std::vector<double>, double, c10::optional<at::Tensor>, py::tuple, py::list,
-                             py::object, py::list>>();
     Group& group = all[j];
-    group.rule = rule, group.lr = lr, group.lr_tensor = lr_tensor;
-    take_ema_decay(ema_decay, group);
-    TORCH_CHECK(rule >= 0 && rule < kRules && hyper.size() == group.facts().hyper_count &&
-                    int(keys.size()) == group.facts().states,
-                "adamfused._C.step: group ", j, " does not fit its rule");
-    std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
-    const bool copied = copies.size() != 0;
-    const size_t parts = kState + keys.size() + copied;
+    const Row row(groups[j].cast<py::tuple>(), group);
+    const size_t states = row.keys.size();
+    const bool copied = row.copies.size() != 0, mastered = !row.master.is_none();
 
-    std::vector<Found> found_here = gatherer.gather(j, params, keys, copies);
+    std::vector<Found> found_here = gatherer.gather(j, row.params, row.keys, row.copies, row.master, row.scales);
     work.expect(found_here.size());
     for (Found& found : found_here) {
-      bool moves = found.count != nullptr;
-      for (size_t k = 0; k < parts; ++k) moves &= found.parts[k] != nullptr;
-      if (moves && work.add(group, found.parts, *found.count)) continue;
+      const Chance chance = row.chance(found.place);
+      bool moves = found.usual && found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
+                   mastered == (found.parts[kMaster] != nullptr) &&
+                   (!mastered || int64_t(found.parts[kMaster]->itemsize()) == row.master_size);
+      for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
+      if (moves && work.add(group, found.parts, *found.count, chance)) continue;
       py::object verdict = judge(j, found.place);
       if (verdict.is_none()) {
         left.append(py::make_tuple(j, found.place));
         continue;
       }
-      const auto& given = judged.emplace_back(verdict.cast<std::vector<at::Tensor>>());
-      TORCH_CHECK(given.size() == parts + 1, "adamfused._C.step: judge gave the wrong number of tensors");
-      for (size_t k = 0; k < parts; ++k) found.parts[k] = &given[k];
-      TORCH_CHECK(work.add(group, found.parts, given.back()), "adamfused: parameter ", found.place, " of group ", j,
+      const auto& given = judged.emplace_back(verdict.cast<std::vector<c10::optional<at::Tensor>>>());
+      TORCH_CHECK(given.size() == kState + 2 * states + 3, "adamfused._C.step: judge gave the wrong number of tensors");
+      auto tensor = [&given](size_t i) { return given[i] ? &*given[i] : nullptr; };
+      for (size_t k = 0; k < kState + states; ++k) found.parts[k] = tensor(k);
+      found.parts[kCopy] = tensor(kState + states), found.parts[kMaster] = tensor(kState + states + 1);
+      for (size_t k = 0; k < states; ++k) found.parts[kScale + k] = tensor(kState + states + 2 + k);
+      TORCH_CHECK(work.add(group, found.parts, *given.back(), chance), "adamfused: parameter ", found.place,
+                  " of group ", j,
                   " cannot be moved by the native kernels, and the check of its tensors found no reason");
     }
   }
@@ -217,12 +263,13 @@ int rule_named(c10::string_view name) {
 }
 
 void step_op(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList steps,
-             at::TensorList copies, c10::string_view rule, at::ArrayRef<double> hyper, double lr,
-             const c10::optional<at::Tensor>& lr_tensor, c10::optional<double> ema_decay,
-             const c10::optional<at::Tensor>& factor) {
+             at::TensorList copies, at::TensorList masters, at::TensorList scales, c10::string_view rule,
+             at::ArrayRef<double> hyper, double lr, const c10::optional<at::Tensor>& lr_tensor,
+             c10::optional<double> ema_decay, const c10::optional<at::Tensor>& factor, bool at_random,
+             at::IntArrayRef place_keys, at::IntArrayRef firsts) {
   Group group;
   group.rule = rule_named(rule);
-  group.averaged = ema_decay.has_value(), group.ema_decay = ema_decay.value_or(0.0);
+  group.averaged = ema_decay.has_value(), group.ema_decay = ema_decay.value_or(0.0), group.at_random = at_random;
   const RuleFacts& facts = group.facts();
   const size_t n = params.size(), count = size_t(facts.states);
   TORCH_CHECK(hyper.size() == facts.hyper_count, "adamfused::step_: rule '", rule, "' takes ", facts.hyper_count,
@@ -230,26 +277,37 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
   TORCH_CHECK(grads.size() == n && steps.size() == n && states.size() == n * count, "adamfused::step_: ", n,
               " params need as many grads and steps and ", n * count, " states, got ", grads.size(), ", ", steps.size(),
               " and ", states.size());
-  TORCH_CHECK(copies.empty() || copies.size() == n, "adamfused::step_: ", n,
-              " params need as many copies or none, got ", copies.size());
+  auto none_or = [](size_t size, size_t wanted, const char* what) {
+    TORCH_CHECK(size == 0 || size == wanted, "adamfused::step_: expected no ", what, " or ", wanted, ", got ", size);
+  };
+  none_or(copies.size(), n, "copies"), none_or(masters.size(), n, "masters");
+  none_or(scales.size(), n * count, "scales"), none_or(place_keys.size(), n, "place_keys");
+  none_or(firsts.size(), place_keys.size(), "firsts");
   group.lr = lr, group.lr_tensor = lr_tensor;
   std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
   Step work({factor, c10::nullopt});
   for (size_t i = 0; i < n; ++i) {
     Parts parts{};
+    Chance chance;
     parts[kParam] = &params[i], parts[kGrad] = &grads[i];
-    for (size_t k = 0; k < count; ++k) parts[kState + k] = &states[i * count + k];
-    if (!copies.empty()) parts[kState + count] = &copies[i];
-    TORCH_CHECK(work.add(group, parts, steps[i]), "adamfused::step_: parameter ", i,
+    for (size_t k = 0; k < count; ++k) {
+      parts[kState + k] = &states[i * count + k];
+      if (!scales.empty() && scales[i * count + k].numel() != 0) parts[kScale + k] = &scales[i * count + k];
+    }
+    if (!copies.empty()) parts[kCopy] = &copies[i];
+    if (!masters.empty()) parts[kMaster] = &masters[i];
+    if (!place_keys.empty()) chance = {true, uint32_t(place_keys[i]), uint32_t(uint64_t(firsts[i]))};
+    TORCH_CHECK(work.add(group, parts, steps[i], chance), "adamfused::step_: parameter ", i,
                 " cannot be moved by the native kernels; an optimizer's step() outside of torch.compile says why");
   }
   work.run();
 }
 
 void step_fake(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList,
-               at::TensorList copies, c10::string_view, at::ArrayRef<double>, double, const c10::optional<at::Tensor>&,
-               c10::optional<double>, const c10::optional<at::Tensor>&) {
-  for (at::TensorList list : {params, grads, states, copies})
+               at::TensorList copies, at::TensorList masters, at::TensorList scales, c10::string_view,
+               at::ArrayRef<double>, double, const c10::optional<at::Tensor>&, c10::optional<double>,
+               const c10::optional<at::Tensor>&, bool, at::IntArrayRef, at::IntArrayRef) {
+  for (at::TensorList list : {params, grads, states, copies, masters, scales})
     for (const at::Tensor& t : list)
       TORCH_CHECK(t.is_meta(),
                   "adamfused::step_: some tensors are on the meta device, which has no memory, and some are on ",
@@ -286,8 +344,8 @@ py::list rules() {
 TORCH_LIBRARY(adamfused, m) {
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor(d!)[] copies, "
-      "str rule, float[] hyper, float lr, Tensor? lr_tensor=None, float? ema_decay=None, "
-      "Tensor? factor=None) -> ()",
+      "Tensor(e!)[] masters, Tensor(f!)[] scales, str rule, float[] hyper, float lr, Tensor? lr_tensor=None, "
+      "float? ema_decay=None, Tensor? factor=None, bool at_random=False, int[] place_keys=[], int[] firsts=[]) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def("gradient_norm(Tensor[] params, Tensor[] grads, bool largest) -> Tensor", {at::Tag::pt2_compliant_tag});
 }

@@ -3,8 +3,8 @@
 //
 // A format says how the bits of a float come from what rests and back, in words of 32 bits: one word W, or a vector of
 // words that a CPU works on at once. So a comparison is followed by a choice, never a branch. What rests is a number of
-// type Rest in one tensor and perhaps another, of type Beside, in a tensor beside it; both come in the low end of a word,
-// as signed numbers if their type is.
+// type Rest in one tensor and perhaps another, of type Beside, in a tensor beside it; both come in the low end of a
+// word, as signed numbers if their type is.
 //
 // To add a format: a struct, a line in ADAMFUSED_FORMATS, its twin, and the line that tells it in step.h.
 #pragma once
@@ -16,8 +16,8 @@ namespace ADAMFUSED_TARGET {
 
 constexpr uint32_t kInfinity = 0x7f800000, kMagnitude = 0x7fffffff;
 
-// What is rounded at random draws its words from hashes of its place: no state to keep, and the same words whoever works
-// on an element, and when. This one depends on every bit of x, one to one: Wellons' "lowbias32".
+// What is rounded at random draws its words from hashes of its place: no state to keep, and the same words whoever
+// works on an element, and when. This one depends on every bit of x, one to one: Wellons' "lowbias32".
 ADAMFUSED_HD uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -41,8 +41,8 @@ ADAMFUSED_HD uint32_t key_of(uint32_t param, uint32_t t, int slot) {
   return mix(mix(param ^ t) ^ uint32_t(slot) * kGolden);
 }
 
-// Words that each walk through all of their range evenly, step by step: after a few steps, what they rounded up and down
-// evens out better than by chance. Two states share a hash.
+// Words that each walk through all of their range evenly, step by step: after a few steps, what they rounded up and
+// down evens out better than by chance. Two states share a hash.
 ADAMFUSED_HD uint32_t key_of_dither(uint32_t param, int slot) { return mix(param ^ uint32_t(slot & ~1) * kGolden); }
 template <class W>
 ADAMFUSED_HD W dither(W word, uint32_t t, int slot) {
@@ -157,8 +157,8 @@ struct AtRandom : Format {};
 using BF16AtRandom = AtRandom<BF16>;
 using F16AtRandom = AtRandom<F16>;
 
-// The upper half of a float, as the model sees it, and beside it the lower half: together all of its bits. To be joined,
-// the upper half is in the upper end of its word.
+// The upper half of a float, as the model sees it, and beside it the lower half: together all of its bits. To be
+// joined, the upper half is in the upper end of its word.
 struct Split16 {
   using Rest = uint16_t;
   using Beside = int16_t;

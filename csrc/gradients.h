@@ -18,7 +18,7 @@ class GradientSum {
     if (!look(p, false, param) || !param.has_format) return false;
     if (largest_ && at::isComplexType(param.type)) return false;  // its magnitude is not that of a part
     if (!(param.device.is_cpu() || (param.device.is_cuda() && kWithCuda))) return false;
-    if (!(param.contiguous && !param.turned && look_alike(g, false, param, grad))) {
+    if (!(param.contiguous && !param.turned && look_alike(g, false, param, grad) && grad.has_format)) {
       if (!look(g, false, grad) || !grad.has_format || grad.device != param.device ||
           at::isComplexType(grad.type) != at::isComplexType(param.type) || !same_sizes(grad.impl, param.impl))
         return false;

@@ -36,6 +36,7 @@ constexpr bool kWithCuda = false;
 struct RuleFacts {
   const char* name;
   int states;
+  uint32_t never_negative;
   size_t hyper_count;
   size_t size[2];                                                       // of Rule<float>, Rule<double>
   void (*prepare[2])(const double* hyper, const Now& now, void* rule);  // likewise
@@ -53,6 +54,7 @@ template <class OfFloat, class OfDouble>
 constexpr RuleFacts facts_of(const char* name) {
   return {name,
           OfFloat::states,
+          OfFloat::never_negative,
           sizeof(typename OfFloat::Hyper) / sizeof(double),
           {sizeof(OfFloat), sizeof(OfDouble)},
           {prepare<OfFloat>, prepare<OfDouble>}};
@@ -97,6 +99,7 @@ struct Group {
   c10::optional<at::Tensor> lr_tensor;  // where lr is known only on the device
   double ema_decay = 0;
   std::function<double(double)> ema_decay_at;  // if set, tells it of a step count
+  bool at_random = false;                      // 16-bit parameters and states are rounded so
 
   const RuleFacts& facts() const { return kRuleFacts[rule][averaged]; }
 };
@@ -107,7 +110,13 @@ struct Common {
   c10::optional<at::Tensor> found_inf;  // not 0 if the step is not to be made; for parameters on devices only
 };
 
-// The copy's place is behind the states, and null if there is none. Borrowed: the caller keeps them alive until `run`
+// What a parameter's random numbers depend on, besides its step.
+struct Chance {
+  bool given = false;
+  uint32_t key = 0, first = 0;  // as in Span
+};
+
+// Null where there is none. Borrowed: the caller keeps them alive until `run`
 // is over. Owning them here would cost the host dear, because a tensor that only Python holds hands its Python object
 // over with every reference taken in C++.
 using Parts = std::array<const at::Tensor*, kSlots>;
@@ -124,8 +133,8 @@ class Step {
   }
 
   // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
-  __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step) {
-    const int copy = kState + group.facts().states, count = copy + (parts[copy] != nullptr);
+  __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step,
+                                    const Chance& chance) {
     Seen seen[kSlots], counter;
     const Seen& param = seen[kParam];
     const at::Tensor& p = *parts[kParam];
@@ -133,30 +142,53 @@ class Step {
     if (!(param.device.is_cpu() || (param.device.is_cuda() && kWithCuda))) return false;
     const at::Device device = param.device;
     const bool is_complex = at::isComplexType(param.type);
+    int slots[kSlots], count = 0;  // those of what is there
+    for (int k = 0; k < kScale; ++k)
+      if (parts[k] != nullptr) slots[count++] = k;
+    const int shaped = count;  // as the parameter is
+    for (int k = kScale; k < kSlots; ++k)
+      if (parts[k] != nullptr) slots[count++] = k;
+
     bool usual = param.contiguous && !param.turned && !param.inference, dense = true;
-    for (int k = 1; k < count && usual; ++k) usual = look_alike(*parts[k], k != kGrad, param, seen[k]);
-    bool in_place[kSlots] = {true, true, true, true, true, true, true};
+    for (int i = 1; i < shaped && usual; ++i)
+      usual = look_alike(*parts[slots[i]], slots[i] != kGrad, param, seen[slots[i]]);
+    bool in_place[kSlots];
+    for (bool& each : in_place) each = true;
     if (!usual) {
-      dense = param.contiguous || p.is_non_overlapping_and_dense();
-      for (int k = 0; k < count; ++k) {
-        const at::Tensor& t = *parts[k];
-        if (!look(t, k != kGrad, seen[k]) || !seen[k].has_format || seen[k].device != device ||
+      for (int i = 0; i < shaped; ++i) {
+        const int k = slots[i];
+        if (!look(*parts[k], k != kGrad, seen[k]) || seen[k].device != device ||
             at::isComplexType(seen[k].type) != is_complex || !same_sizes(seen[k].impl, param.impl))
           return false;
         if (k != kGrad && seen[k].inference && !c10::InferenceMode::is_enabled()) return false;
+      }
+    }
+    if (!find_formats(group, parts, chance, seen)) return false;
+    for (int i = shaped; i < count; ++i)
+      if (!is_scale(*parts[slots[i]], param, seen[slots[i]])) return false;
+    if (!usual) {
+      // Random numbers and blocks count elements by their indices.
+      bool by_index = false;
+      for (int i = 0; i < shaped; ++i) by_index |= depends_on_index(seen[slots[i]].format);
+      dense = param.contiguous || (!by_index && p.is_non_overlapping_and_dense());
+      for (int i = 0; i < shaped; ++i) {
+        const int k = slots[i];
+        const at::Tensor& t = *parts[k];
         in_place[k] = !seen[k].turned && (param.numel <= 1 || (dense && same_order(t, p)));
         if (!in_place[k] && k != kGrad && may_overlap(t)) return false;
       }
     }
     bool apart = true;
-    for (int k = 1; k < count; ++k)
-      for (int j = 0; j < k; ++j) apart &= !seen[j].extent.meets(seen[k].extent);
-    for (int k = 1; k < count && !apart; ++k)
-      for (int j = 0; j < k; ++j)
-        if (seen[j].extent.meets(seen[k].extent) && same_memory(seen[j], seen[k])) {
-          if (j != kGrad && k != kGrad) return false;
+    for (int i = 1; i < count; ++i)
+      for (int j = 0; j < i; ++j) apart &= !seen[slots[j]].extent.meets(seen[slots[i]].extent);
+    for (int i = 1; i < count && !apart; ++i)
+      for (int j = 0; j < i; ++j) {
+        const Seen &a = seen[slots[j]], &b = seen[slots[i]];
+        if (a.extent.meets(b.extent) && same_memory(a, b)) {
+          if (slots[j] != kGrad && slots[i] != kGrad) return false;
           in_place[kGrad] = false;  // it is read while the other is written
         }
+      }
 
     if (!look(step, true, counter) || counter.numel != 1) return false;
     const bool on_device = !counter.device.is_cpu();
@@ -164,34 +196,37 @@ class Step {
     if (on_device ? counter.device != device || counted.type != at::kFloat : !counted.advance()) return false;
     if (!on_device) counted_.push_back(counted);
     bumped_.push_back(counter.impl);
-    for (int k = 0; k < count; ++k)
-      if (k != kGrad) bumped_.push_back(seen[k].impl);
+    for (int i = 0; i < count; ++i)
+      if (slots[i] != kGrad) bumped_.push_back(seen[slots[i]].impl);
 
-    const size_t b = bucket_for(device, group, param.format == FormatId::F64);
+    const size_t b = bucket_for(device, group, param.type == at::kDouble || param.type == at::kComplexDouble);
     Bucket& bucket = buckets_[b];
     Span& span = bucket.spans.emplace_back();
-    for (int k = 0; k < count; ++k)
-      span.data[k] = const_cast<char*>(seen[k].extent.begin), span.format[k] = seen[k].format;
-    if (count == copy) span.data[copy] = nullptr;
+    for (int k = 0; k < kSlots; ++k) span.data[k] = nullptr;
+    for (int i = 0; i < count; ++i) span.data[slots[i]] = const_cast<char*>(seen[slots[i]].extent.begin);
+    for (int i = 0; i < shaped && slots[i] < kParts; ++i) span.format[slots[i]] = seen[slots[i]].format;
     span.numel = param.numel * (is_complex ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
     span.recipe = bucket.recipe_for(group, on_device ? Bucket::kCountOnDevice : counted.after, kept_);
+    span.key = chance.key, span.first = chance.first, span.t = uint32_t(uint64_t(counted.after));
 
     bool alone = !in_place[kParam];
     for (const Alone& other : alone_) alone |= param.extent.meets(other.extent);
     if (alone) {
-      Alone& each = alone_.emplace_back(Alone{b, span, count, param.extent, {}, {}, dense});
+      Alone& each = alone_.emplace_back(Alone{b, span, param.extent, {}, {}, dense});
       bucket.spans.pop_back();
-      for (int k = 0; k < count; ++k) each.tensors[k] = *parts[k], each.in_place[k] = in_place[k];
+      for (int i = 0; i < count; ++i)
+        each.tensors[slots[i]] = *parts[slots[i]], each.in_place[slots[i]] = in_place[slots[i]];
       return true;
     }
-    for (int k = 0; k < count; ++k) {
+    for (int i = 0; i < shaped; ++i) {
+      const int k = slots[i];
       if (in_place[k]) continue;
       const at::Tensor& t = *parts[k];
       span.data[k] =
           copied_.emplace_back(k == kGrad ? at::Tensor() : t, copy_of(t, p, dense)).second.mutable_data_ptr();
     }
-    span.aligned = is_aligned(span, count);
+    span.aligned = is_aligned(span);
     return true;
   }
 
@@ -291,9 +326,46 @@ class Step {
     return buckets_.size() - 1;
   }
 
-  static bool is_aligned(const Span& span, int count) {
+  // Completes the formats of what was looked at, or says that there is none.
+  static bool find_formats(const Group& group, const Parts& parts, const Chance& chance, Seen* seen) {
+    for (int k = 0; k < kParts; ++k) {
+      if (parts[k] == nullptr) continue;
+      const bool is_state = k >= kState && k < kCopy;
+      if (is_state && is_code(seen[k].type)) {
+        const RuleFacts& facts = group.facts();
+        const bool is_average = group.averaged && k == kState + facts.states - 1;
+        const bool is_unsigned = (facts.never_negative >> (k - kState) & 1) != 0;
+        if (parts[kScale + k - kState] == nullptr || !chance.given || at::isComplexType(seen[kParam].type) ||
+            !seen[k].contiguous || is_average || (seen[k].type == at::kByte) != is_unsigned)
+          return false;
+        seen[k].format = is_unsigned ? FormatId::UnsignedCode : FormatId::SignedCode;
+      } else {
+        if (!seen[k].has_format) return false;
+        if (group.at_random && (is_state || k == kParam)) seen[k].format = at_random(seen[k].format);
+      }
+    }
+    return parts[kMaster] == nullptr || find_joined(seen[kParam].type, seen[kMaster].type, seen[kParam].format);
+  }
+
+  static bool depends_on_index(FormatId format) {
+    return format == FormatId::SignedCode || format == FormatId::UnsignedCode || format == FormatId::BF16AtRandom ||
+           format == FormatId::F16AtRandom;
+  }
+
+  // Whether a tensor has a scale for each block of the parameter's numbers: by rows where a row is whole blocks.
+  static bool is_scale(const at::Tensor& t, const Seen& param, Seen& seen) {
+    if (!look(t, true, seen) || seen.type != at::kFloat || !seen.contiguous || seen.turned ||
+        seen.device != param.device || (seen.inference && !c10::InferenceMode::is_enabled()))
+      return false;
+    const at::IntArrayRef shape = param.impl->sizes();
+    const int64_t row = shape.size() > 1 && shape[0] > 0 ? param.numel / shape[0] : 0;
+    if (row > 0 && row % kBlock == 0) return t.dim() == 2 && t.size(0) == shape[0] && t.size(1) == row / kBlock;
+    return t.dim() == 1 && seen.numel == (param.numel + kBlock - 1) / kBlock;
+  }
+
+  static bool is_aligned(const Span& span) {
     uintptr_t bits = 0;
-    for (int k = 0; k < count; ++k) bits |= reinterpret_cast<uintptr_t>(span.data[k]);
+    for (int k = 0; k < kScale; ++k) bits |= reinterpret_cast<uintptr_t>(span.data[k]);
     return bits % 16 == 0;
   }
 
@@ -302,7 +374,6 @@ class Step {
   struct Alone {
     size_t bucket;
     Span span;
-    int count;      // of its parts
     Extent extent;  // of the parameter
     std::array<at::Tensor, kSlots> tensors;
     bool in_place[kSlots];
@@ -310,16 +381,16 @@ class Step {
   };
 
   void run_alone(Alone& each) {
-    const int count = each.count;
     std::array<at::Tensor, kSlots> use = each.tensors;
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < kSlots; ++k) {
+      if (!use[k].defined()) continue;
       if (!each.in_place[k]) use[k] = copy_of(each.tensors[k], each.tensors[kParam], each.dense);
       each.span.data[k] = use[k].mutable_data_ptr();
     }
-    each.span.aligned = is_aligned(each.span, count);
+    each.span.aligned = is_aligned(each.span);
     run_spans(buckets_[each.bucket], {each.span});
-    for (int k = 0; k < count; ++k)
-      if (k != kGrad && !each.in_place[k]) each.tensors[k].copy_(use[k]);
+    for (int k = 0; k < kSlots; ++k)
+      if (use[k].defined() && k != kGrad && !each.in_place[k]) each.tensors[k].copy_(use[k]);
   }
 
   static void run_spans(const Bucket& bucket, const std::vector<Span>& spans) {

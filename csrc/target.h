@@ -81,9 +81,7 @@ inline Vector<uint32_t> with_sign(Vector<uint32_t> x, Vector<uint32_t> sign) {
   return (x ^ minus) - minus;
 #endif
 }
-inline Vector<uint32_t> whole(Vector<float> x) {
-  return (Vector<uint32_t>)__builtin_convertvector(x, Vector<int32_t>);
-}
+inline Vector<uint32_t> whole(Vector<float> x) { return (Vector<uint32_t>)__builtin_convertvector(x, Vector<int32_t>); }
 #endif
 
 }  // namespace ADAMFUSED_TARGET

@@ -16,17 +16,33 @@ namespace {
 
 using namespace host;
 
+// The format of numbers by themselves.
 bool find_format(at::ScalarType type, FormatId& format) {
   switch (c10::toRealValueType(type)) {
 #define ADAMFUSED_CASE(F, dtype) \
   case at::k##dtype:             \
     format = FormatId::F;        \
     return true;
-    ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+    ADAMFUSED_NUMBER_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
     default:
       return false;
   }
+}
+
+FormatId at_random(FormatId format) {
+  return format == FormatId::BF16 ? FormatId::BF16AtRandom : format == FormatId::F16 ? FormatId::F16AtRandom : format;
+}
+
+bool is_code(at::ScalarType type) { return type == at::kChar || type == at::kByte; }
+
+// The format of a parameter that another tensor lies beside.
+bool find_joined(at::ScalarType type, at::ScalarType beside, FormatId& format) {
+  if (type == at::kBFloat16 && beside == at::kShort) return format = FormatId::Split16, true;
+  if (type == at::kBFloat16 && beside == at::kChar) return format = FormatId::Split8, true;
+  if (type == at::kBFloat16 && beside == at::kFloat) return format = FormatId::MasterBF16, true;
+  if (type == at::kHalf && beside == at::kFloat) return format = FormatId::MasterF16, true;
+  return false;
 }
 
 // A tensor with such a key stands for another, or for none, and has no memory of its own to point at.
@@ -100,11 +116,12 @@ inline bool look_alike(const at::Tensor& t, bool written, const Seen& param, See
   if (impl->key_set() != param.impl->key_set() || !impl->is_contiguous() || !same_sizes(impl, param.impl)) return false;
   if (!param.device.is_cpu() && impl->device() != param.device) return false;
   seen.type = impl->dtype().toScalarType();
-  seen.format = param.format;
-  if (seen.type != param.type &&
-      (at::isComplexType(seen.type) != at::isComplexType(param.type) || !find_format(seen.type, seen.format)))
-    return false;
-  seen.contiguous = true, seen.numel = param.numel;
+  seen.format = param.format, seen.has_format = true;
+  if (seen.type != param.type) {
+    if (at::isComplexType(seen.type) != at::isComplexType(param.type)) return false;
+    seen.has_format = find_format(seen.type, seen.format);
+  }
+  seen.contiguous = true, seen.turned = seen.inference = false, seen.numel = param.numel;
   return reach(impl, written, seen);
 }
 

@@ -500,7 +500,9 @@ def test_wrapper_of_torch_func_is_refused() -> None:
 
 # ---- at the constructor --------------------------------------------------------------------------
 
-STATE_DTYPES = "expected None (at least float32), 'param' or one of " + ", ".join(map(str, FORMATS))
+STATE_DTYPES = "expected None (at least float32), 'param', 'int8' or one of " + ", ".join(
+    map(str, FORMATS)
+)
 TORCHS_ARGUMENTS: list[tuple[type[Optimizer], dict[str, Any], str]] = [
     (Adam, {"lr": -1.0}, "Invalid learning rate: -1.0"),
     (Adam, {"lr": NAN}, "Invalid learning rate: nan"),

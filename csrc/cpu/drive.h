@@ -71,6 +71,12 @@ void move_lines(const Rule rule, const Parts<T, Rule::states> at, int64_t n) {
 
 // ---- formats that are known when this is compiled: from memory to registers and back ----
 
+#ifdef __AVX2__
+constexpr bool kHasWays = true;
+#else
+constexpr bool kHasWays = false;  // what runs anywhere need not be fast
+#endif
+
 template <int k>
 struct Index {
   static constexpr int value = k;
@@ -186,32 +192,31 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
 template <class Rule>
 using MoveAs = int64_t (*)(Rule, const Places<kState + Rule::states>, int64_t begin, int64_t end);
 
-template <class P, class G, class Rule>
-MoveAs<Rule> with_states(const FormatId* state, bool usual) {
+template <class P, class G, bool usual, class Rule>
+MoveAs<Rule> with_states(const FormatId* state) {
   bool floats = true, bf16 = true, codes = true;
   for (int k = 0; k < Rule::states; ++k) {
     floats &= state[k] == FormatId::F32;
     bf16 &= state[k] == FormatId::BF16;
     codes &= state[k] == (Rule::never_negative >> k & 1 ? FormatId::UnsignedCode : FormatId::SignedCode);
   }
-  if (floats) return move_as<P, G, F32, false, Rule>;
-  if constexpr (!Rule::averages) {
-    if (bf16 && usual) return move_as<P, G, BF16, true, Rule>;
-    if (codes && usual) return move_as<P, G, Codes, true, Rule>;
+  if (floats) return move_as<P, G, F32, usual, Rule>;
+  if constexpr (usual && !Rule::averages) {
+    if (bf16) return move_as<P, G, BF16, usual, Rule>;
+    if (codes) return move_as<P, G, Codes, usual, Rule>;
   }
   return nullptr;
 }
 
-template <class Rule>
-MoveAs<Rule> way_to_move(const Span& span, bool usual) {
-  if (span.data[kCopy]) return nullptr;
+template <bool usual, class Rule>
+MoveAs<Rule> way_to_move(const Span& span) {
   const FormatId p = span.format[kParam], g = span.format[kGrad], *s = span.format + kState;
-  if (g == FormatId::F32) return p == FormatId::F32 ? with_states<F32, F32, Rule>(s, usual) : nullptr;
-  if (g == FormatId::F16) return p == FormatId::F16 ? with_states<F16, F16, Rule>(s, usual) : nullptr;
+  if (g == FormatId::F32) return p == FormatId::F32 ? with_states<F32, F32, usual, Rule>(s) : nullptr;
+  if (g == FormatId::F16) return p == FormatId::F16 ? with_states<F16, F16, usual, Rule>(s) : nullptr;
   if (g != FormatId::BF16) return nullptr;
-  if (p == FormatId::BF16) return with_states<BF16, BF16, Rule>(s, usual);
-  if (p == FormatId::Split16) return with_states<Split16, BF16, Rule>(s, usual);
-  if (p == FormatId::Split8) return with_states<Split8, BF16, Rule>(s, usual);
+  if (p == FormatId::BF16) return with_states<BF16, BF16, usual, Rule>(s);
+  if (p == FormatId::Split16) return with_states<Split16, BF16, usual, Rule>(s);
+  if (p == FormatId::Split8) return with_states<Split8, BF16, usual, Rule>(s);
   return nullptr;
 }
 
@@ -260,8 +265,10 @@ void run(const Job& job, int64_t begin, int64_t end) {
       place[i] = {span.data[i], beside, span.key, span.t, span.first, i};
     }
     MoveAs<Rule> move_as = nullptr;
-    if constexpr (same<T, float>) move_as = way_to_move<Rule>(span, rule.is_usual());
-    const int64_t lines = first + (past - first) / kLine * kLine, whole = lines == past ? past : lines / kBlock * kBlock;
+    if constexpr (same<T, float> && kHasWays)
+      if (!span.data[kCopy]) move_as = rule.is_usual() ? way_to_move<true, Rule>(span) : way_to_move<false, Rule>(span);
+    const int64_t lines = first + (past - first) / kLine * kLine,
+                  whole = lines == past ? past : lines / kBlock * kBlock;
     for (int64_t start = first; start < past;) {
       if (move_as && start < whole) start = move_as(rule, places, start, whole);
       if (start == past) break;

@@ -26,8 +26,9 @@ constexpr int kLine = 16, kWords = ADAMFUSED_VECTOR / 4, kVectors = kLine / kWor
 using Word = Vector<uint32_t>;
 using Float = Vector<float>;
 
-// The words of a line, from the low ends of what rests. On AVX2 the first of two vectors has the numbers 0-3 and 8-11, the
-// second the others, because to interleave and to pack within halves of vectors is several times faster than across them.
+// The words of a line, from the low ends of what rests. On AVX2 the first of two vectors has the numbers 0-3 and 8-11,
+// the second the others, because to interleave and to pack within halves of vectors is several times faster than across
+// them.
 #if ADAMFUSED_VECTOR == 32 && defined(__AVX2__)
 constexpr uint32_t place_of(int i) { return uint32_t(i < 4 ? i : i + 4); }
 constexpr uint32_t kVectorStep = 4;
@@ -37,7 +38,8 @@ ADAMFUSED_INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(sta
 
 ADAMFUSED_INLINE void load_words(const float* from, Word* word) {
   for (int j = 0; j < 2; ++j)
-    word[j] = (Word)_mm256_inserti128_si256(_mm256_castsi128_si256(load_128(from + 4 * j)), load_128(from + 4 * j + 8), 1);
+    word[j] =
+        (Word)_mm256_inserti128_si256(_mm256_castsi128_si256(load_128(from + 4 * j)), load_128(from + 4 * j + 8), 1);
 }
 ADAMFUSED_INLINE void load_words(const uint16_t* from, Word* word) {
   const __m256i x = load_256(from), zero = _mm256_setzero_si256();
@@ -57,7 +59,8 @@ ADAMFUSED_INLINE void load_bytes(const void* from, int end, __m256i* word) {
   const __m256i x = _mm256_broadcastsi128_si256(load_128(from));
   for (int j = 0; j < 2; ++j) {
     int32_t place[8];
-    for (int i = 0; i < 8; ++i) place[i] = int32_t((place_of(i) + 4 * uint32_t(j)) << (8 * end) | (0x80808080u & ~(0xffu << (8 * end))));
+    for (int i = 0; i < 8; ++i)
+      place[i] = int32_t((place_of(i) + 4 * uint32_t(j)) << (8 * end) | (0x80808080u & ~(0xffu << (8 * end))));
     word[j] = _mm256_shuffle_epi8(x, load_256(place));
   }
 }
@@ -99,10 +102,12 @@ constexpr uint32_t kVectorStep = kWords;
 template <class Rest>
 ADAMFUSED_INLINE void load_words(const Rest* from, Word* word) {
   for (int j = 0; j < kVectors; ++j) {
+    Word x{};
     if constexpr (sizeof(Rest) == 4)
-      __builtin_memcpy(word + j, from + j * kWords, sizeof *word);
+      __builtin_memcpy(&x, from + j * kWords, sizeof x);
     else
-      for (int i = 0; i < kWords; ++i) word[j][i] = uint32_t(from[j * kWords + i]);
+      for (int i = 0; i < kWords; ++i) x[i] = uint32_t(from[j * kWords + i]);
+    word[j] = x;
   }
 }
 ADAMFUSED_INLINE void load_upper_words(const uint16_t* from, Word* word) {
@@ -148,10 +153,13 @@ struct Dither {
   void next_line() { words.next_line(); }
 };
 
-// A line of floats from a part as it rests. `scale` is that of codes, which are known to be of finite numbers if so said.
+// A line of floats from a part as it rests. `scale` is that of codes, which are known to be of finite numbers if so
+// said.
 template <class Format, bool finite = false>
-ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typename Format::Beside* beside, float scale, Float* x) {
-  constexpr bool upper = same<Format, BF16> || same<Format, BF16AtRandom> || same<Format, Split16> || same<Format, Split8>;
+ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typename Format::Beside* beside, float scale,
+                                Float* x) {
+  constexpr bool upper =
+      same<Format, BF16> || same<Format, BF16AtRandom> || same<Format, Split16> || same<Format, Split8>;
   Word word[kVectors], below[kVectors];
   if constexpr (upper)
     load_upper_words(rest, word);
@@ -171,7 +179,8 @@ ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typenam
 }
 
 template <class Format>
-ADAMFUSED_INLINE void store_line(const Float* x, Words& words, typename Format::Rest* rest, typename Format::Beside* beside) {
+ADAMFUSED_INLINE void store_line(const Float* x, Words& words, typename Format::Rest* rest,
+                                 typename Format::Beside* beside) {
   Word word[kVectors], below[kVectors];
   for (int j = 0; j < kVectors; ++j) {
     const Word b = bits_of(x[j]);
@@ -377,8 +386,8 @@ T* get(FormatId format, const Place& place, int64_t at, int n, T* buffer) {
   float* to = floats;
   if constexpr (same<T, float>) to = buffer;
   switch (format) {
-#define ADAMFUSED_CASE(F, ...)          \
-  case FormatId::F:                     \
+#define ADAMFUSED_CASE(F, ...)       \
+  case FormatId::F:                  \
     get_floats<F>(place, at, n, to); \
     break;
     ADAMFUSED_FORMATS(ADAMFUSED_CASE)

@@ -55,6 +55,13 @@ std::vector<char> prepare(int step) {
   return made;
 }
 
+// What one number of a slot is: a number by itself, or raw bits.
+struct Kind {
+  size_t size = 0;  // 0: there is none
+  void (*put)(void*, double) = nullptr;  // null: raw bits
+  uint64_t (*bits)(const void*) = nullptr;
+};
+
 template <class Format>
 void put(void* to, double x) {
   *static_cast<typename Format::Rest*>(to) = Format::put(x);
@@ -68,15 +75,30 @@ uint64_t bits(const void* from) {  // every NaN gives the same
   return Format::get(rest) != Format::get(rest) ? ~uint64_t(0) : b;
 }
 
+template <class Format>
+Kind number() {
+  return {sizeof(typename Format::Rest), put<Format>, bits<Format>};
+}
+
+template <class Rest>
+Kind raw() {
+  return {sizeof(Rest), nullptr, [](const void* from) { return uint64_t(*static_cast<const Rest*>(from)); }};
+}
+
 const struct RuleFacts {
   const char* name;
   int states;
+  uint32_t never_negative;
   std::vector<char> (*prepare[2])(int step);
 } kRuleFacts[kRules][2] = {
-#define ROW(R, name)                                                                    \
-  {{name, host::R<float>::states, {prepare<host::R<float>>, prepare<host::R<double>>}}, \
-   {name " averaged",                                                                   \
-    host::R<float>::states + 1,                                                         \
+#define ROW(R, name)                                           \
+  {{name,                                                      \
+    host::R<float>::states,                                    \
+    host::R<float>::never_negative,                            \
+    {prepare<host::R<float>>, prepare<host::R<double>>}},      \
+   {name " averaged",                                          \
+    host::R<float>::states + 1,                                \
+    host::R<float>::never_negative,                            \
     {prepare<host::Averaged<host::R, float>>, prepare<host::Averaged<host::R, double>>}}},
     ADAMFUSED_RULES(ROW)
 #undef ROW
@@ -84,14 +106,23 @@ const struct RuleFacts {
 
 const struct FormatFacts {
   const char* name;
-  size_t size;
-  void (*put)(void*, double);
-  uint64_t (*bits)(const void*);
-} kFormatFacts[kFormats] = {
-#define ROW(F, ...) {#F, sizeof(host::F::Rest), put<host::F>, bits<host::F>},
-    ADAMFUSED_FORMATS(ROW)
-#undef ROW
+  Kind kind, beside;
+} kFormatFacts[] = {
+    {"F32", number<host::F32>(), {}},
+    {"F64", number<host::F64>(), {}},
+    {"BF16", number<host::BF16>(), {}},
+    {"F16", number<host::F16>(), {}},
+    {"BF16AtRandom", number<host::BF16>(), {}},
+    {"F16AtRandom", number<host::F16>(), {}},
+    {"Split16", number<host::BF16>(), raw<int16_t>()},
+    {"Split8", number<host::BF16>(), raw<int8_t>()},
+    {"MasterBF16", number<host::BF16>(), number<host::F32>()},
+    {"MasterF16", number<host::F16>(), number<host::F32>()},
+    {"SignedCode", raw<int8_t>(), number<host::F32>()},
+    {"UnsignedCode", raw<uint8_t>(), number<host::F32>()},
 };
+static_assert(sizeof kFormatFacts / sizeof *kFormatFacts == kFormats, "every format, in the order of ADAMFUSED_FORMATS");
+constexpr int kNumberFormats = 4, kParamFormats = int(FormatId::SignedCode);
 
 uint64_t seed;
 
@@ -113,70 +144,109 @@ double random_number(int low, int high, int kept) {
   return x;
 }
 
-void draw(bool is_state, const FormatFacts& format, uint8_t* to) {
+void draw(bool is_state, const Kind& kind_of_number, uint8_t* to) {
   static const double special[16] = {0,         -0.0,    0,       1,     0x1p-149, 0x1.8p-130, 0x1p-1074, 0x1p-130,
                                      0x1.8p-15, 0x1p-24, 0x1p-25, 65504, 65520,    1e30,       HUGE_VAL,  NAN};
   static const int rare[4][3] = {{-24, 16, 7}, {-24, 16, 10}, {-24, 16, 23}, {-100, 100, 52}};  // ties; 1e-30 to 1e30
   const int kind = random_below(32), *range = rare[kind % 4];
   const uint64_t raw = random_bits();
-  if (kind == 31) return (void)memcpy(to, &raw, format.size);  // any bits at all
+  if (kind == 31 || !kind_of_number.put) return (void)memcpy(to, &raw, kind_of_number.size);  // any bits at all
   double x = kind < 12 ? random_number(range[0], range[1], range[2]) : random_number(-12, 4, 52);
   if (kind == 30) x = special[raw % 16];
-  format.put(to, is_state && random_below(32) ? fabs(x) : x);  // of a negative second moment all becomes NaN
+  kind_of_number.put(to, is_state && random_below(32) ? fabs(x) : x);  // of a negative second moment all becomes NaN
 }
 
-// One tensor in the memory of an instruction set; it says where in that memory instead of at which address.
-struct Tensor {
-  Span span;
-  int parts;  // the copy, if there is one, is the last
-  size_t begin[kSlots], end[kSlots];
-};
+// A float that a 16-bit number was rounded from, or, now and then, another.
+void draw_master(FormatId format, const uint8_t* rounded, uint8_t* to) {
+  uint16_t h;
+  memcpy(&h, rounded, sizeof h);
+  uint32_t b = host::bits_of(format == FormatId::MasterF16 ? host::F16::get(h) : host::BF16::get(h));
+  if (format == FormatId::MasterBF16) b += uint32_t(random_below(0x10000)) - 0x8000u;
+  if (random_below(8) == 0) b += 0x20000;
+  memcpy(to, &b, sizeof b);
+}
 
 struct alignas(64) Line : std::array<uint8_t, 64> {};
 using Memory = std::vector<Line>;
 uint8_t* at(Memory& memory, size_t place) { return memory[0].data() + place; }
 
+// One tensor in the memory of an instruction set; it says where in that memory instead of at which address.
+struct Tensor {
+  Span span;
+  Kind kind[kSlots];
+  size_t begin[kSlots], end[kSlots];
+
+  bool has(int k) const { return kind[k].size != 0; }
+  std::vector<int> order() const {  // the slots as they lie in memory
+    std::vector<int> slots;
+    for (int k = 0; k < kSlots; ++k)
+      if (has(k)) slots.push_back(k);
+    std::sort(slots.begin(), slots.end(), [this](int a, int b) { return begin[a] < begin[b]; });
+    return slots;
+  }
+};
+
 struct Batch {
-  int rule, copy;  // the place of the copy
+  int rule, states;
   bool averaged, in_double;
   std::vector<Tensor> tensors;
   std::vector<int64_t> first_tile{0};
   size_t size = 0;
 
+  // state: of all but some; SignedCode also stands for the codes of what is never negative.
   Batch(int rule, bool averaged, FormatId p, FormatId g, FormatId state)
-      : rule(rule),
-        copy(kState + kRuleFacts[rule][averaged].states),
-        averaged(averaged),
-        in_double(p == FormatId::F64) {
+      : rule(rule), states(kRuleFacts[rule][averaged].states), averaged(averaged), in_double(p == FormatId::F64) {
     for (int n = 0; n <= 70; ++n) add(n, p, g, state);
-    for (int n : {1023, 1024, 1025, 2049, 5000}) add(n, p, g, state);
+    for (int n : {127, 128, 129, 1023, 1024, 1025, 2049, 5000}) add(n, p, g, state);
     size += 64;
   }
   void add(int64_t n, FormatId p, FormatId g, FormatId state) {
     Tensor t{};
-    t.span.numel = n, t.span.recipe = random_below(kRecipes), t.parts = copy + random_below(2);
-    for (int k = 0; k < t.parts; ++k) {
-      FormatId format = k == kParam ? p : k == kGrad ? g : random_below(4) ? state : FormatId(random_below(kFormats));
-      int width = int(kFormatFacts[int(format)].size), shift = random_below(4) ? random_below(64 / width) * width : 0;
+    t.span.numel = n, t.span.recipe = random_below(kRecipes);
+    t.span.key = uint32_t(random_bits()), t.span.first = uint32_t(random_bits());
+    const bool copied = random_below(2) != 0;
+    for (int k = 0; k < kParts; ++k) {
+      const bool is_state = k >= kState && k < kState + states;
+      if (k >= kState && !is_state && !(k == kCopy && copied)) continue;
+      FormatId format = k == kParam ? p : k == kGrad ? g : FormatId(random_below(kNumberFormats));
+      if (is_state && random_below(8)) format = state;
+      if (is_state && format == FormatId::SignedCode && kRuleFacts[rule][averaged].never_negative >> (k - kState) & 1)
+        format = FormatId::UnsignedCode;
+      const FormatFacts& facts = kFormatFacts[int(format)];
       t.span.format[k] = format;
-      t.begin[k] = (size + 127) / 64 * 64 + size_t(shift);  // after guard bytes; 3 in 4 not at the start of a line
-      size = t.end[k] = t.begin[k] + size_t(n) * size_t(width);
+      place(t, k, facts.kind, n);
+      if (k == kParam) place(t, kMaster, facts.beside, n);
+      if (is_state) place(t, kScale + k - kState, facts.beside, (n + host::kBlock - 1) / host::kBlock);
     }
     tensors.push_back(t);
     first_tile.push_back(first_tile.back() + (n + kTile - 1) / kTile);
   }
+  void place(Tensor& t, int k, const Kind& kind, int64_t n) {
+    if (kind.size == 0) return;
+    const int width = int(kind.size), shift = random_below(4) ? random_below(64 / width) * width : 0;
+    t.kind[k] = kind;
+    t.begin[k] = (size + 127) / 64 * 64 + size_t(shift);  // after guard bytes; 3 in 4 not at the start of a line
+    size = t.end[k] = t.begin[k] + size_t(n) * size_t(width);
+  }
   void fill(Memory& memory, int from, int to) const {
     for (const Tensor& t : tensors)
-      for (int k = from; k < std::min(to, t.parts); ++k) {
-        const FormatFacts& format = kFormatFacts[int(t.span.format[k])];
-        for (size_t i = t.begin[k]; i < t.end[k]; i += format.size) draw(k >= kState, format, at(memory, i));
-      }
+      for (int k = from; k < to; ++k)
+        for (size_t i = t.begin[k]; i < t.end[k]; i += t.kind[k].size) {
+          uint8_t* number = at(memory, i);
+          if (k == kMaster && t.kind[k].put)
+            draw_master(t.span.format[kParam], at(memory, t.begin[kParam] + (i - t.begin[k]) / 2), number);
+          else if (k >= kScale)
+            t.kind[k].put(number, fabs(random_number(-40, 10, 52)));
+          else
+            draw(k >= kState && k < kCopy, t.kind[k], number);
+        }
   }
   void run(const Isa& isa, Memory& memory, int step, int64_t cut) const {
     std::vector<Span> spans;
     for (const Tensor& t : tensors) {
       spans.push_back(t.span);
-      for (int k = 0; k <= copy; ++k) spans.back().data[k] = k < t.parts ? at(memory, t.begin[k]) : nullptr;
+      spans.back().t = uint32_t(step);
+      for (int k = 0; k < kSlots; ++k) spans.back().data[k] = t.has(k) ? at(memory, t.begin[k]) : nullptr;
     }
     std::vector<char> rules = kRuleFacts[rule][averaged].prepare[in_double](step);
     Job job{};
@@ -209,19 +279,19 @@ struct Tally {
   void compare(const Batch& batch, int step, Memory& before, Memory& expected) {
     size_t place = 0;
     for (const Tensor& t : batch.tensors)
-      for (int k = 0; k < t.parts; ++k) {
+      for (int k : t.order()) {
         if (k == kGrad) continue;
-        const FormatFacts& format = kFormatFacts[int(t.span.format[k])];
+        const Kind& kind = t.kind[k];
         if (memcmp(at(before, place), at(memory, place), t.begin[k] - place) != 0)
           report(batch, t, k, step, "wrote outside, before");
-        for (place = t.begin[k]; place < t.end[k]; place += format.size, ++compared) {
-          uint64_t got = format.bits(at(memory, place)), want = format.bits(at(expected, place));
-          if (got != want) report(batch, t, k, step, "differs at", (place - t.begin[k]) / format.size, got, want);
+        for (place = t.begin[k]; place < t.end[k]; place += kind.size, ++compared) {
+          uint64_t got = kind.bits(at(memory, place)), want = kind.bits(at(expected, place));
+          if (got != want) report(batch, t, k, step, "differs at", (place - t.begin[k]) / kind.size, got, want);
           digest = (digest ^ got) * 0x100000001b3u + 1;
         }
       }
     if (memcmp(at(before, place), at(memory, place), batch.size - place) != 0)
-      report(batch, batch.tensors.back(), batch.copy, step, "wrote outside, after");
+      report(batch, batch.tensors.back(), kParam, step, "wrote outside, after");
   }
   void compare_sums(const Batch& batch, int step, Memory& expected) {
     for (SumOf what : {SumOf::Squares, SumOf::Largest}) {
@@ -237,7 +307,8 @@ struct Tally {
               unsigned long long got = 0, unsigned long long want = 0) {
     if (++different > 10) return;
     printf("%s: %s, step %d, recipe %d,", isa->name, kRuleFacts[batch.rule][batch.averaged].name, step, t.span.recipe);
-    for (int k = 0; k < t.parts; ++k) printf(" %s", kFormatFacts[int(t.span.format[k])].name);
+    for (int k = 0; k < kParts; ++k)
+      if (t.has(k)) printf(" %s", kFormatFacts[int(t.span.format[k])].name);
     printf(", %lld numbers, part %d: %s", (long long)t.span.numel, part, what);
     got != want ? printf(" [%zu] %llx, not %llx\n", i, got, want) : printf("\n");
   }
@@ -276,14 +347,19 @@ int compare_all(int argc, char** argv) {
   std::vector<Tally> tallies;
   for (const Isa& isa : kIsaTable)
     if (isa.runs_here()) tallies.push_back({&isa, {}});
+  const FormatId like_param[kParamFormats] = {FormatId::F32,  FormatId::F64, FormatId::BF16, FormatId::F16,
+                                              FormatId::BF16, FormatId::F16, FormatId::BF16, FormatId::BF16,
+                                              FormatId::BF16, FormatId::F16};
+  const FormatId of_states[] = {FormatId::F32,          FormatId::F64,         FormatId::BF16,      FormatId::F16,
+                                FormatId::BF16AtRandom, FormatId::F16AtRandom, FormatId::SignedCode};
   for (int rule = 0; rule < 2 * kRules; ++rule)
-    for (int f = 0; f < kFormats * kFormats * kFormats; ++f) {
-      if (number++ % std::max(every, 1) != 0) continue;
-      seed = uint64_t(number);
-      const FormatId p(FormatId(f % kFormats)), g(FormatId(f / kFormats % kFormats));
-      compare_batch(Batch(rule / 2, rule % 2 != 0, p, g, FormatId(f / kFormats / kFormats)), flip && number == 1,
-                    tallies);
-    }
+    for (int p = 0; p < kParamFormats; ++p)
+      for (FormatId state : of_states) {
+        if (number++ % std::max(every, 1) != 0) continue;
+        seed = uint64_t(number);
+        const FormatId g = random_below(3) ? like_param[p] : FormatId(random_below(kNumberFormats));
+        compare_batch(Batch(rule / 2, rule % 2 != 0, FormatId(p), g, state), flip && number == 1, tallies);
+      }
   for (Tally& t : tallies) {
     printf("%s: %lld comparisons, %lld differences, digest %016llx\n", t.isa->name, t.compared, t.different, t.digest);
     wanted.erase(std::remove(wanted.begin(), wanted.end(), t.isa->name), wanted.end());

@@ -1,0 +1,132 @@
+"""The tensors of a parameter: how its state is made, gathered and checked, and its random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .average import Averaging
+from .base import Plan
+from .formats import CODES, place_key
+from .shards import first_number, local, local_gradient
+from .storage import (
+    EMA,
+    MASTER,
+    new_master,
+    new_scale,
+    new_state,
+    scale_key,
+    state_dtype_for,
+)
+
+_place_key = lru_cache(1 << 16)(place_key)
+
+
+class Randomness(NamedTuple):
+    """What the random numbers of a group's parameters depend on besides the step count.
+
+    Args:
+        stochastic: round numbers of 16 bits at random; else random numbers are for codes of 8 bits alone.
+        place_keys: of each parameter.
+        firsts: the place of each parameter's first element in the whole parameter, if this is a shard of it.
+    """
+
+    stochastic: bool
+    place_keys: list[int]
+    firsts: list[int]
+
+
+class Parts(NamedTuple):
+    """All tensors of a parameter, plain ones: of DTensors, what this rank holds."""
+
+    param: Tensor
+    grad: Tensor
+    states: list[Tensor]
+    copy: Tensor | None
+    master: Tensor | None
+    scales: list[Tensor | None]
+    step: Tensor
+
+    def listed(self) -> list[Tensor | None]:
+        return [
+            *(self.param, self.grad, *self.states),
+            *(self.copy, self.master, *self.scales, self.step),
+        ]
+
+
+class States(Averaging):
+    """Makes, gathers and checks."""
+
+    @torch.no_grad()
+    def _new_state(
+        self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
+    ) -> dict[str, Tensor]:
+        device = p.device if group["capturable"] else torch.device("cpu")
+        state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+        for key in keys:
+            if key == EMA:
+                state[key] = self._new_average(p)
+            else:
+                state[key] = new_state(p, state_dtype_for(p, group.get("state_dtype"), key))
+        if kind := group.get("master_weights"):
+            state[MASTER] = new_master(p, kind)
+        scales = {scale_key(key): new_scale(p) for key in keys if state[key].dtype in CODES}
+        return state | scales
+
+    def _full_plan(self, group: dict[str, Any]) -> Plan:
+        plan = self._plan(group)
+        if self._options.ema_decay is None:
+            return plan
+        return plan._replace(keys=(*plan.keys, EMA))
+
+    def _parts(self, p: Any, keys: Sequence[str]) -> Parts:
+        state = {key: local(value) for key, value in self.state[p].items()}
+        return Parts(
+            local(p),
+            local_gradient(p),
+            [state[key] for key in keys],
+            local(self._copies[p]) if self._copies else None,
+            state.get(MASTER),
+            [state.get(scale_key(key)) for key in keys],
+            state["step"],
+        )
+
+    def _check(
+        self, p: Any, group: dict[str, Any], keys: Sequence[str], only_tensors: bool = False
+    ) -> None:
+        """Raises if a parameter cannot be stepped; with ``only_tensors``, looks at no state yet."""
+        if not isinstance(p, Tensor):
+            raise RuntimeError(f"{self._place(p)}: expected a tensor; got {type(p).__name__}")
+        if only_tensors:
+            problem = checks.tensors_problem(local(p), local_gradient(p))
+            problem = problem or self._format_problem(p, group)
+        else:
+            state = {key: local(value) for key, value in self.state[p].items()}
+            problem = checks.step_problem(local(p), local_gradient(p), state, keys, group)
+            problem = problem or self._format_problem(p, group, [state[key].dtype for key in keys])
+        if problem is None and self._copies:
+            problem = checks.copy_problem(local(p), local(self._copies[p]))
+            problem = problem and f"its copy_to: {problem}"
+        if problem:
+            raise RuntimeError(f"{self._place(p)}: {problem}")
+
+    def _places(self) -> list[int]:
+        """Where each group begins among all parameters."""
+        return list(accumulate((len(g["params"]) for g in self.param_groups), initial=0))[:-1]
+
+    @staticmethod
+    def _randomness(group: dict[str, Any], place: int) -> Randomness | None:
+        """None if nothing of the group is random."""
+        stochastic = group.get("stochastic_rounding", False)
+        if not stochastic and group.get("state_dtype") != "int8":
+            return None
+        seed, params = group.get("seed", 0), group["params"]
+        keys = [_place_key(seed, place + i) for i in range(len(params))]
+        # Where the place of a shard has no meaning, nothing is random.
+        return Randomness(stochastic, keys, [first_number(p) or 0 for p in params])
