@@ -27,7 +27,6 @@ from cuda_formats import (
     wrong_numbers,
 )
 from cuda_library import (
-    CODES,
     COPY,
     DOUBLES,
     FLOATS,
@@ -35,6 +34,7 @@ from cuda_library import (
     MASTER,
     PARTS,
     SCALE,
+    STORED,
     Job,
     Kernels,
     Kind,
@@ -96,9 +96,10 @@ def parts_of(rule: Rule) -> list[str]:
 
 
 def formats_of(rule: Rule, several: Sequence[Format]) -> list[tuple[str, Format]]:
-    """Of each part. Codes of states that are never negative have no sign."""
+    """Of each part. Codes of states that are never negative have no sign, and averages of weights have no codes."""
     pairs = zip(parts_of(rule), several, strict=False)
-    return [(k, UNSIGNED if f is CODE and k in NEVER_NEGATIVE else f) for k, f in pairs]
+    codes = {k: UNSIGNED if k in NEVER_NEGATIVE else F32 if k == "e" else CODE for k, _ in pairs}
+    return [(k, codes[k] if f is CODE else f) for k, f in zip(codes, several, strict=False)]
 
 
 @functools.cache
@@ -239,7 +240,7 @@ class Case:
                 assert item.copy
                 span.data[COPY], span.format[COPY] = base + copy.begin, item.copy.number
             else:
-                span.format[COPY] = CODE.number if item.numel % 2 else 0xAB  # a format, or none
+                span.format[COPY] = F32.number if item.numel % 2 else 0xAB  # a format, or none
             used = [*(part.rest for part in parts), parts[0].beside, copy]
             span.aligned = all(place.begin % 16 == 0 for place in used if place)
             span.numel, span.key, span.first = item.numel, key, item.first
@@ -322,29 +323,26 @@ KINDS: dict[Kind, list[tuple[Format, ...]]] = {
     HALVES: [
         (BF16, BF16, F32, F32, F32, F32),
         (F16,) * 6,
-        (SPLIT16, BF16, BF16_AT_RANDOM, F32, BF16_AT_RANDOM, BF16),
-        (SPLIT8, F32, F32, F16_AT_RANDOM, F16, F64),
-        (MASTER_F16, F16, F32, BF16, F32, F32),
-        (BF16_AT_RANDOM, BF16, BF16_AT_RANDOM, BF16_AT_RANDOM, F32, BF16_AT_RANDOM),
-        (F16_AT_RANDOM, F16, F32, F32, F16_AT_RANDOM, F32),
-        (MASTER_BF16, F32, BF16, F32, F64, F16),
+        (F32, F32, BF16, F32, F64, F16),
         (F32,) * 6,
     ],
-    CODES: [
+    STORED: [
         (SPLIT8, BF16, CODE, CODE, CODE, CODE),
+        (SPLIT16, BF16, BF16_AT_RANDOM, F32, BF16_AT_RANDOM, BF16),
         (F32, F32, CODE, CODE, F32, CODE),
-        (SPLIT16, BF16, BF16_AT_RANDOM, CODE, CODE, F32),
-        (BF16_AT_RANDOM, F16, CODE, F32, CODE, CODE),
-        (MASTER_F16, F64, CODE, CODE, F16, CODE),
+        (BF16_AT_RANDOM, BF16, BF16_AT_RANDOM, CODE, CODE, BF16_AT_RANDOM),
+        (MASTER_F16, F16, F32, BF16, F32, F32),
         (F32,) * 6,
-        (MASTER_BF16, BF16, F64, CODE, CODE, BF16),
+        (F16_AT_RANDOM, F64, CODE, F16_AT_RANDOM, F16, F32),
+        (MASTER_BF16, F32, BF16, CODE, F64, F16),
+        (SPLIT16, F32, CODE, CODE, CODE, F32),
     ],
 }
 COPIES: dict[Kind, list[Format | None]] = {
     DOUBLES: [None, F64, BF16, F32, F16],
     FLOATS: [F32, None, F64],
     HALVES: [BF16, None, F32, F16, F64],
-    CODES: [None, BF16, None, F32],
+    STORED: [None, BF16, F64, None, F16, F32],
 }
 COUNTS = {"host": (False,), "device": (True,), "mixed": (True, False, False, True)}
 FIRST = [0, 2**32 - 130, 1000 * formats.BLOCK, 0]

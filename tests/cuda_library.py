@@ -195,7 +195,8 @@ class Rule(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Of the kernels of a rule, which: for jobs of numbers of 4 bytes and more, of 2, with codes of 1, or in double."""
+    """Of the kernels of a rule, which: for jobs of plain numbers of 4 bytes and more, of 2 and more, for jobs of every
+    format, or in double."""
 
     name: str
     each: int  # that a thread takes at once
@@ -208,14 +209,14 @@ class Kind(NamedTuple):
         return self is DOUBLES
 
     @property
-    def coded(self) -> bool:
-        return self in (CODES, DOUBLES)
+    def stored(self) -> bool:
+        return self in (STORED, DOUBLES)
 
 
-FLOATS, HALVES, CODES, DOUBLES = (
+FLOATS, HALVES, STORED, DOUBLES = (
     Kind("floats", 4),
     Kind("halves", 8),
-    Kind("codes", 8),
+    Kind("stored", 8),
     Kind("doubles", 4),
 )
 
@@ -237,10 +238,8 @@ class Kernels(Library):
         self.threads, self.rounds, self.table = numbers
 
     def about(self, rule: Rule, kind: Kind) -> About:
-        *facts, entries, entries_of_codes = self._rule(
-            rule, kind.in_double, (), rules.Now(0, 1), None
-        )
-        return About(*facts, entries_of_codes if kind.coded else entries)
+        *facts, plain, stored = self._rule(rule, kind.in_double, (), rules.Now(0, 1), None)
+        return About(*facts, stored if kind.stored else plain)
 
     def make(
         self, rule: Rule, in_double: bool, hyper: Sequence[float], now: rules.Now, to: Any

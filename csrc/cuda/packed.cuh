@@ -11,23 +11,54 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// Whether a kernel meets a format. Its threads take E numbers at once. Without codes, that is as many of the narrowest
-// that a job has as 16 bytes hold; with codes it is E = 8, and in double always 4, lest there be more numbers than
-// registers.
-template <class T, int E, bool coded, class Format>
-constexpr bool meets =
-    coded ? !(same<T, double> && is_joined<Format>) : !is_code<Format> && E * sizeof(typename Format::Rest) >= 16;
+template <int k>
+struct Index {
+  static constexpr int value = k;
+};
 
-// What may lie in a slot: in no other has a part a tensor beside it, or is it rounded at random.
-template <class Rule, class Format>
-ADAMFUSED_HD constexpr bool may_lie_in(int slot) {
-  if constexpr (is_code<Format>)
-    return slot >= kState && slot < kCopy && (Rule::never_negative >> (slot - kState) & 1) != Format::kSigned;
-  if (is_joined<Format>) return slot == kParam;
-  return !at_random<Format> || (slot != kGrad && slot != kCopy);
+// With a slot that is known when this is compiled, what cannot lie there costs nothing.
+template <int begin, int end, class Work>
+__device__ __forceinline__ void for_each(Work work) {
+  if constexpr (begin < end) {
+    work(Index<begin>{});
+    for_each<begin + 1, end>(work);
+  }
 }
 
-// What lies beside a number; 0: nothing does.
+// Whether numbers that lie by themselves, rounded to nearest: most jobs have no others.
+template <class Format>
+constexpr bool is_plain = !is_code<Format> && !is_joined<Format> && !at_random<Format>;
+
+// Whether a kernel meets a format in a slot. `stored` are the kernels of every format, whose threads take E = 8 numbers
+// at once, or 4 doubles, lest there be more numbers than registers. The threads of the others take as many of the
+// narrowest that a job has as 16 bytes hold. Averages of weights have no codes.
+template <class Rule, class T, int E, bool stored, int slot, class Format>
+ADAMFUSED_HD constexpr bool meets() {
+  using Rest = typename Format::Rest;
+  if constexpr (slot == kParam && (sizeof(Rest) > 4) != (sizeof(T) > 4)) {
+    return false;  // the arithmetic is that of the parameter
+  } else if constexpr (is_code<Format>) {
+    constexpr int state = slot - kState;
+    if constexpr (state < 0 || state >= Rule::states - Rule::averages)
+      return false;
+    else
+      return stored && Format::kSigned != (Rule::never_negative >> state & 1);
+  } else if constexpr (is_joined<Format>) {
+    return stored && slot == kParam;
+  } else if constexpr (at_random<Format>) {
+    return stored && slot != kGrad && slot != kCopy;
+  } else {
+    return stored || E * sizeof(Rest) >= 16;
+  }
+}
+template <class Rule, class T, int E, bool stored, int slot, size_t size>
+ADAMFUSED_HD constexpr bool meets_size() {
+#define ADAMFUSED_OR(F, ...) || (sizeof(F::Rest) == size && meets<Rule, T, E, stored, slot, F>())
+  return false ADAMFUSED_FORMATS(ADAMFUSED_OR);
+#undef ADAMFUSED_OR
+}
+
+// The size of what lies beside a number; 0: nothing does.
 ADAMFUSED_HD size_t size_beside(FormatId format) {
   switch (format) {
 #define ADAMFUSED_CASE(F, ...) \
@@ -97,6 +128,9 @@ ADAMFUSED_HD void store_bytes(void* to, const uint32_t* from) {
 
 // E numbers as they rest. To load and to get are two passes over the parts, so that all loads are under way before the
 // first is waited for. What is wider than T (a float64 gradient) is converted on the way.
+//
+// Formats are known at run time only, but are the same for a whole tile: branches that no warp splits on. They keep the
+// number of kernels at rules, not rules x formats^parts.
 template <class T, int E>
 struct Packed {
   uint32_t word[E * sizeof(T) / 4];
@@ -147,37 +181,32 @@ struct Packed {
         if (at.has(j)) to[j * Places<E>::kNeighbours] = rest[j];
     }
   }
-
-  // Of numbers of so many bytes, from `least` to `most`. How many is known at run time only, but is the same for a
-  // whole tile: a branch that no warp splits on. It keeps the number of kernels at rules, not rules x formats^parts.
-  template <int least, int most>
-  __device__ __forceinline__ void load(size_t size, const void* data, const Places<E>& at) {
-    if constexpr (least <= 1)
-      if (size == 1) return load<uint8_t>(data, at);
-    if constexpr (least <= 2)
-      if (size == 2) return load<uint16_t>(data, at);
-    if (most == 4 || size == 4)
-      load<float>(data, at);
-    else
-      load<double>(data, at);
-  }
-  template <int least, int most>
-  __device__ __forceinline__ void store(size_t size, void* data, const Places<E>& at) const {
-    if constexpr (least <= 1)
-      if (size == 1) return store<uint8_t>(data, at);
-    if constexpr (least <= 2)
-      if (size == 2) return store<uint16_t>(data, at);
-    if (most == 4 || size == 4)
-      store<float>(data, at);
-    else
-      store<double>(data, at);
-  }
 };
 
-// What the random words of a slot come from.
+// Runs `work` with a number of the size that rests, or that lies beside.
+template <class Rule, class T, int E, bool stored, int slot, class Work>
+__device__ __forceinline__ void as_rest(FormatId format, Work work) {
+  const size_t size = size_of(format);
+  if constexpr (meets_size<Rule, T, E, stored, slot, 1>())
+    if (size == 1) return work(uint8_t());
+  if constexpr (meets_size<Rule, T, E, stored, slot, 2>())
+    if (size == 2) return work(uint16_t());
+  if constexpr (meets_size<Rule, T, E, stored, slot, 4>())
+    if (size == 4) return work(float());
+  if constexpr (meets_size<Rule, T, E, stored, slot, 8>())
+    if (size == 8) return work(double());
+}
+template <class Work>
+__device__ __forceinline__ void as_beside(FormatId format, Work work) {
+  const size_t size = size_beside(format);
+  if (size == 1) return work(uint8_t());
+  if (size == 2) return work(uint16_t());
+  if (size == 4) return work(float());
+}
+
+// What the random words of a tensor come from.
 struct Source {
   uint32_t key, t, first;
-  int slot;
 };
 
 // The numbers of a part, with what lies beside them: words for each, or a scale for all.
@@ -222,7 +251,7 @@ __device__ __forceinline__ uint32_t largest_of_block(uint32_t mine) {
 }
 
 // The other way. Gives the scale of codes.
-template <class Format, class T, int E>
+template <class Format, int slot, class T, int E>
 __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const Places<E>& at, Packed<T, E>& packed,
                                      Packed<T, E>& packed_beside) {
   using Rest = typename Format::Rest;
@@ -233,11 +262,11 @@ __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const 
     uint32_t largest = 0;
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) largest = larger(largest, Format::counted(bits_of(float(x[j])) & kMagnitude));
-    const uint32_t power = Format::power_above(largest_of_block<E>(largest)), key = key_of_dither(from.key, from.slot);
+    const uint32_t power = Format::power_above(largest_of_block<E>(largest)), key = key_of_dither(from.key, slot);
     const float inverse = Format::inverse(power);
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) {
-      const uint32_t word = dither(word_of(counter_at(from.first + at.index(j), key)), from.t, from.slot);
+      const uint32_t word = dither(word_of(counter_at(from.first + at.index(j), key)), from.t, slot);
       rest[j] = Rest(Format::encode(bits_of(float(x[j])), inverse, word));
     }
     packed.set(rest);
@@ -257,7 +286,7 @@ __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const 
     }
     packed.set(rest), packed_beside.set(beside);
   } else if constexpr (at_random<Format>) {
-    const uint32_t key = key_of(from.key, from.t, from.slot);
+    const uint32_t key = key_of(from.key, from.t, slot);
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) {
       const uint32_t word = word_of(counter_at(from.first + at.index(j), key));
@@ -272,33 +301,30 @@ __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const 
   return 0;
 }
 
-// The same of a format that is known at run time, in a slot that is known before. A number is read in one way, however
-// it was rounded.
+// The same of a format that is known at run time. A number is read in one way, however it was rounded.
 ADAMFUSED_HD FormatId as_read(FormatId format) {
   return format == FormatId::BF16AtRandom ? FormatId::BF16 : format == FormatId::F16AtRandom ? FormatId::F16 : format;
 }
-template <class Rule, bool coded, class T, int E>
-__device__ __forceinline__ void get(FormatId format, int slot, const Packed<T, E>& packed, const Packed<T, E>& beside,
+template <class Rule, bool stored, int slot, class T, int E>
+__device__ __forceinline__ void get(FormatId format, const Packed<T, E>& packed, const Packed<T, E>& beside,
                                     float scale, T (&x)[E]) {
   switch (as_read(format)) {
-#define ADAMFUSED_CASE(F, ...)                                                      \
-  case FormatId::F:                                                                 \
-    if constexpr (meets<T, E, coded, F>)                                            \
-      if (may_lie_in<Rule, F>(slot)) return get<F, T, E>(packed, beside, scale, x); \
-    break;
+#define ADAMFUSED_CASE(F, ...)                                                                                   \
+  case FormatId::F:                                                                                              \
+    if constexpr (meets<Rule, T, E, stored, slot, F>() && !at_random<F>) get<F, T, E>(packed, beside, scale, x); \
+    return;
     ADAMFUSED_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
   }
 }
-template <class Rule, bool coded, class T, int E>
+template <class Rule, bool stored, int slot, class T, int E>
 __device__ __forceinline__ float put(FormatId format, const T (&x)[E], const Source& from, const Places<E>& at,
                                      Packed<T, E>& packed, Packed<T, E>& beside) {
   switch (format) {
-#define ADAMFUSED_CASE(F, ...)                                                              \
-  case FormatId::F:                                                                         \
-    if constexpr (meets<T, E, coded, F>)                                                    \
-      if (may_lie_in<Rule, F>(from.slot)) return put<F, T, E>(x, from, at, packed, beside); \
-    break;
+#define ADAMFUSED_CASE(F, ...)                                                                                  \
+  case FormatId::F:                                                                                             \
+    if constexpr (meets<Rule, T, E, stored, slot, F>()) return put<F, slot, T, E>(x, from, at, packed, beside); \
+    return 0;
     ADAMFUSED_FORMATS(ADAMFUSED_CASE)
 #undef ADAMFUSED_CASE
   }

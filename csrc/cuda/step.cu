@@ -12,8 +12,8 @@ namespace cuda {
 
 // What a job has of formats.
 struct Formats {
-  bool narrow = false;  // 16 bits and fewer
-  bool coded = false;
+  bool stored = false;   // any that is not plain
+  size_t narrowest = 8;  // bytes
 
   Formats(const Job& job, int parts) {
     for (int64_t s = 0; s < job.count; ++s) {
@@ -23,27 +23,34 @@ struct Formats {
     }
   }
   void see(FormatId format) {
-    narrow |= size_of(format) < 4;
-    coded |= size_of(format) < 2;
+    switch (format) {
+#define ADAMFUSED_CASE(F, ...)       \
+  case FormatId::F:                  \
+    stored = stored || !is_plain<F>; \
+    break;
+      ADAMFUSED_FORMATS(ADAMFUSED_CASE)
+#undef ADAMFUSED_CASE
+    }
+    narrowest = size_of(format) < narrowest ? size_of(format) : narrowest;
   }
 };
 
-template <class Rule, class T, int E, bool coded>
-cudaError_t launch(const Arguments<Rule, coded>& arguments, bool advance, cudaStream_t stream) {
+template <class Rule, class T, int E, bool stored>
+cudaError_t launch(const Arguments<Rule, stored>& arguments, bool advance, cudaStream_t stream) {
   if (advance) {
     const uint32_t blocks = uint32_t(arguments.count + kThreads - 1) / kThreads;
-    const cudaError_t error = start(advance_kernel<Rule, coded>, blocks, kThreads, stream, arguments);
+    const cudaError_t error = start(advance_kernel<Rule, stored>, blocks, kThreads, stream, arguments);
     if (error != cudaSuccess) return error;
   }
   const uint32_t tiles = arguments.first_tile[arguments.count];
   if (tiles == 0) return cudaSuccess;  // only empty tensors; an empty grid would be an error
   const uint32_t blocks = tiles < 0x7fffffffu ? tiles : 0x7fffffffu;
-  return start(step_kernel<Rule, T, E, coded>, blocks, kThreads, stream, arguments);
+  return start(step_kernel<Rule, T, E, stored>, blocks, kThreads, stream, arguments);
 }
 
-template <class Rule, class T, int E, bool coded>
+template <class Rule, class T, int E, bool stored>
 cudaError_t run(const Job& job, cudaStream_t stream) {
-  using Args = Arguments<Rule, coded>;
+  using Args = Arguments<Rule, stored>;
   constexpr int64_t tile = tile_size<E>;
   static_assert(sizeof(Args) <= kArgumentBytes, "kernel arguments are limited");
   Args arguments;  // 32 KB of stack
@@ -59,7 +66,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   arguments.factor = job.factor, arguments.found_inf = job.found_inf;
 
   auto flush = [&]() {
-    cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E, coded>(arguments, advance, stream);
+    cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E, stored>(arguments, advance, stream);
     for (int32_t i : used) place[size_t(i)] = -1;
     for (int32_t i : recipe_used) recipe_place[size_t(i)] = -1;
     used.clear(), recipe_used.clear();
@@ -89,11 +96,14 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
     auto& entry = arguments.entry[arguments.count];
     for (int k = 0; k < Args::parts; ++k) entry.data[k] = span.data[k], entry.format[k] = span.format[k];
     entry.data[Args::parts] = span.data[kCopy], entry.format[Args::parts] = span.format[kCopy];
-    for (int k = 0; k < Args::besides; ++k) entry.beside[k] = span.data[kMaster + k];
+    if constexpr (stored) {
+      entry.master = span.data[kMaster];
+      for (int k = 0; k < Rule::states; ++k) entry.scale[k] = static_cast<float*>(span.data[kScale + k]);
+      entry.random = {span.key, span.t, span.first};
+    }
+    entry.numel = span.numel;
     entry.step = span.step;
-    entry.last = uint32_t(span.numel - int64_t(tiles - 1) * tile);
-    entry.key = span.key, entry.t = span.t, entry.first = span.first;
-    entry.place = uint8_t(slot);
+    entry.recipe = slot;
     entry.aligned = span.aligned;
     advance |= span.step != nullptr;
     arguments.first_tile[arguments.count + 1] = arguments.first_tile[arguments.count] + uint32_t(tiles);
@@ -106,9 +116,9 @@ template <class RuleOfFloat, class RuleOfDouble>
 cudaError_t run_in(const Job& job, cudaStream_t stream) {
   if (job.in_double) return run<RuleOfDouble, double, 4, true>(job, stream);
   const Formats formats(job, kState + RuleOfFloat::states);
-  return formats.coded    ? run<RuleOfFloat, float, 8, true>(job, stream)
-         : formats.narrow ? run<RuleOfFloat, float, 8, false>(job, stream)
-                          : run<RuleOfFloat, float, 4, false>(job, stream);
+  if (formats.stored) return run<RuleOfFloat, float, 8, true>(job, stream);
+  return formats.narrowest < 4 ? run<RuleOfFloat, float, 8, false>(job, stream)
+                               : run<RuleOfFloat, float, 4, false>(job, stream);
 }
 
 template <template <class> class Rule>

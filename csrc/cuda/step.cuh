@@ -21,23 +21,26 @@ constexpr int kArgumentBytes = 4096;
 constexpr int kTable = 8;
 #endif
 
-template <class Rule, bool coded>
-struct Arguments {
-  static constexpr int parts = kState + Rule::states, besides = coded ? 1 + Rule::states : 1;
-  struct Entry {
-    void* data[parts + 1];  // the copy last
-    void* beside[besides];  // the parameter, and each state
-    float* step;
-    uint32_t last;  // numbers in the last tile
-    uint32_t key, t, first;
-    FormatId format[parts + 1];
-    uint8_t place : 7;  // in `ready`
-    uint8_t aligned : 1;
+// What an entry has besides for formats that are not plain.
+template <bool stored, int states>
+struct Besides {};
+template <int states>
+struct Besides<true, states> {
+  void* master;
+  float* scale[states];
+  Source random;  // its t where the step count is on the host
+};
 
-    __device__ __forceinline__ void* master() const { return beside[0]; }
-    __device__ __forceinline__ float* scales(int part) const {
-      return coded && part >= kState ? static_cast<float*>(beside[1 + part - kState]) : nullptr;
-    }
+template <class Rule, bool stored>
+struct Arguments {
+  static constexpr int parts = kState + Rule::states;
+  struct Entry : Besides<stored, Rule::states> {
+    void* data[parts + 1];  // the copy last
+    int64_t numel;
+    float* step;
+    int32_t recipe;
+    FormatId format[parts + 1];
+    bool aligned;
   };
   union Ready {
     Rule rule;
@@ -85,15 +88,15 @@ __device__ bool overflowed(const Arguments& job) {
 }
 
 // Before the step: the counts that lie on the device move on by one.
-template <class Rule, bool coded>
-__global__ void advance_kernel(const __grid_constant__ Arguments<Rule, coded> job) {
+template <class Rule, bool stored>
+__global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
   int s = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (s < job.count && job.entry[s].step != nullptr && !overflowed(job)) *job.entry[s].step += 1.0f;
 }
 
-template <class Rule, class T, int E, bool coded>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Arguments<Rule, coded> job) {
-  constexpr int parts = kState + Rule::states, least = coded ? 1 : 16 / E;
+template <class Rule, class T, int E, bool stored>
+__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
+  constexpr int parts = kState + Rule::states;
   __shared__ Rule made;
   if (overflowed(job)) return;
 
@@ -110,41 +113,63 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     const bool made_here = entry.step != nullptr || job.factor != nullptr;
     if (made_here) {
       __syncthreads();  // the tile before may still read `made`
-      if (threadIdx.x == 0) made = prepare_on_device<Rule>(job.ready[entry.place].recipe, entry.step, job.factor);
+      if (threadIdx.x == 0) made = prepare_on_device<Rule>(job.ready[entry.recipe].recipe, entry.step, job.factor);
       __syncthreads();
     }
-    const Rule rule = made_here ? made : job.ready[entry.place].rule;
+    const Rule rule = made_here ? made : job.ready[entry.recipe].rule;
 
     const int64_t start = int64_t(tile - job.first_tile[s]) * tile_size<E>;
-    const int n = tile + 1 == job.first_tile[s + 1] ? int(entry.last) : tile_size<E>;
-    const uint32_t t = entry.step != nullptr ? uint32_t(*entry.step) : entry.t;
+    const int n = int(entry.numel - start < tile_size<E> ? entry.numel - start : tile_size<E>);
+    Source random{};
+    if constexpr (stored) {
+      random = entry.random;
+      if (entry.step != nullptr) random.t = uint32_t(*entry.step);
+    }
     constexpr int warp = kWarp * E;  // the numbers of one, which stays together
     for (int i = int(threadIdx.x) * E; i / warp * warp < n; i += kThreads * E) {
       const Places<E> at(start, n, entry.aligned, i);
-
       Packed<T, E> packed[parts], master;
       float scale[parts] = {};
-      Elements<Rule, T, E> x;
-      ADAMFUSED_UNROLL
-      for (int k = 0; k < parts; ++k) packed[k].template load<least, 8>(size_of(entry.format[k]), entry.data[k], at);
-      if (entry.master() != nullptr) master.template load<1, 4>(size_beside(entry.format[kParam]), entry.master(), at);
-      ADAMFUSED_UNROLL
-      for (int k = kState; k < parts; ++k)
-        if (entry.scales(k) != nullptr && at.has(0)) scale[k] = entry.scales(k)[at.block()];
-      ADAMFUSED_UNROLL
-      for (int k = 0; k < parts; ++k) get<Rule, coded>(entry.format[k], k, packed[k], master, scale[k], x.part(k));
-      x.move_by(rule);
-      ADAMFUSED_UNROLL
-      for (int k = 0; k < parts; ++k) {
-        if (k == kGrad) continue;
-        scale[k] = put<Rule, coded>(entry.format[k], x.part(k), {entry.key, t, entry.first, k}, at, packed[k], master);
-        packed[k].template store<least, 8>(size_of(entry.format[k]), entry.data[k], at);
-        if (entry.scales(k) != nullptr && at.leads()) entry.scales(k)[at.block()] = scale[k];
+      for_each<0, parts>([&](auto k) {
+        as_rest<Rule, T, E, stored, k.value>(entry.format[k.value], [&](auto rest) {
+          packed[k.value].template load<decltype(rest)>(entry.data[k.value], at);
+        });
+      });
+      if constexpr (stored) {
+        as_beside(entry.format[kParam], [&](auto beside) { master.template load<decltype(beside)>(entry.master, at); });
+        for_each<kState, parts>([&](auto k) {
+          const float* scales = entry.scale[k.value - kState];
+          if (scales != nullptr && at.has(0)) scale[k.value] = scales[at.block()];
+        });
       }
-      if (entry.master() != nullptr) master.template store<1, 4>(size_beside(entry.format[kParam]), entry.master(), at);
+
+      Elements<Rule, T, E> x;
+      for_each<0, parts>([&](auto k) {
+        get<Rule, stored, k.value>(entry.format[k.value], packed[k.value], master, scale[k.value], x.part(k.value));
+      });
+      x.move_by(rule);
+
+      for_each<0, parts>([&](auto k) {
+        if constexpr (k.value != kGrad) {
+          const FormatId format = entry.format[k.value];
+          scale[k.value] = put<Rule, stored, k.value>(format, x.part(k.value), random, at, packed[k.value], master);
+          as_rest<Rule, T, E, stored, k.value>(
+              format, [&](auto rest) { packed[k.value].template store<decltype(rest)>(entry.data[k.value], at); });
+        }
+      });
+      if constexpr (stored) {
+        as_beside(entry.format[kParam],
+                  [&](auto beside) { master.template store<decltype(beside)>(entry.master, at); });
+        for_each<kState, parts>([&](auto k) {
+          float* scales = entry.scale[k.value - kState];
+          if (scales != nullptr && at.leads()) scales[at.block()] = scale[k.value];
+        });
+      }
       if (entry.data[parts] != nullptr) {
-        put<Rule, coded>(entry.format[parts], x.p, {0, 0, 0, kCopy}, at, packed[kParam], master);
-        packed[kParam].template store<least, 8>(size_of(entry.format[parts]), entry.data[parts], at);
+        put<Rule, stored, kCopy>(entry.format[parts], x.p, random, at, packed[kParam], master);
+        as_rest<Rule, T, E, stored, kCopy>(entry.format[parts], [&](auto rest) {
+          packed[kParam].template store<decltype(rest)>(entry.data[parts], at);
+        });
       }
     }
   }
