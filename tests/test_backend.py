@@ -136,7 +136,7 @@ def test_a_wrong_choice_is_an_error() -> None:
 @pytest.mark.native
 def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(adamfused.reference, "step", lambda *a: calls.append(a))
+    monkeypatch.setattr(adamfused.reference, "step", lambda *a, **k: calls.append(a))
     p = torch.ones(3, requires_grad=True)
     p.grad = torch.ones(3)
     monkeypatch.setenv("ADAMFUSED_BACKEND", "reference")

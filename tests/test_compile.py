@@ -97,6 +97,8 @@ def operator_arguments(rule: str, states: int, hyper: list[float], copies: bool 
         [torch.zeros_like(p) for p in params for _ in range(states)],
         counts,
         [torch.empty_like(p, dtype=torch.bfloat16) for p in params] if copies else [],
+        [],  # masters
+        [],  # scales
         rule,
         hyper,
         0.1,
@@ -143,12 +145,23 @@ def test_opcheck_of_the_whole_step() -> None:
         ),
         (
             {"copies": [torch.zeros(5)]},
-            "adamfused::step_: 2 params need as many copies or none, got 1",
+            "adamfused::step_: expected no copies or 2, got 1",
         ),
     ],
 )
 def test_operator_refuses_wrong_lists(change: dict, message: str) -> None:
-    names = ("params", "grads", "states", "steps", "copies", "rule", "hyper", "lr")
+    names = (
+        "params",
+        "grads",
+        "states",
+        "steps",
+        "copies",
+        "masters",
+        "scales",
+        "rule",
+        "hyper",
+        "lr",
+    )
     arguments = dict(zip(names, operator_arguments("adam", 2, ADAM_HYPER), strict=True)) | change
     before = [p.clone() for p in arguments["params"]]
     with pytest.raises(RuntimeError) as error:
