@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import COMPLEX_DTYPES, REAL_DTYPES, assert_same_bits, give_gradient, tensors_of, wild
 from test_exact import CASES
+from test_storage_exact import RULES, STORED, every_format
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -206,6 +207,79 @@ def test_over_two_to_the_31_elements() -> None:
     middle = p.detach()[2**31 - 4096 : 2**31 - 4000].cpu()
     assert (middle == middle[0]).all() and middle[0] != 1
     assert bool((p.detach()[5:-5] == middle[0]).all())
+
+
+# ---- storage formats -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_format_of_parameters_and_states(rule) -> None:
+    """At every size at which something changes; each third gradient is missing, and the fifth has special numbers."""
+    for dtype, options, seams in every_format():
+        sizes = [*seams, TILE - 1, TILE + 1, 2 * TILE + 129]
+        run(*pair(RULES[rule], [dtype], sizes, seed=5, **options), steps=5)
+
+
+@pytest.mark.parametrize("options", [WHOLE, WHOLE | {"capturable": True}], ids=["host", "device"])
+@pytest.mark.parametrize("how", STORED)
+def test_every_format_in_one_pass(how, options) -> None:
+    """Unscaled, clipped, averaged and copied, with step counts on the host or on the device."""
+    dtypes, formats = STORED[how]
+    several = options | formats
+    run(*pair(CASES["adamw"], dtypes, [5, 4097, 100_003], **several), steps=6, specials=0)
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_hundreds_of_tensors_in_every_format(how) -> None:
+    dtypes, options = STORED[how]
+    sizes = [0, *(1 + 37 * i % 9000 for i in range(600)), 0]
+    run(*pair(CASES["adamw-amsgrad"], dtypes, sizes, **options), steps=3)
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_misaligned_views_in_every_format(how) -> None:
+    dtypes, options = STORED[how]
+    rng = np.random.default_rng(0)
+    for dtype in dtypes:
+        start, grads = wild(rng, 5003, dtype), [wild(rng, 5003, dtype) for _ in range(3)]
+        whole = torch.full((5005,), 7.0, dtype=dtype, device=GPU)
+        whole[1:-1] = to_gpu(start)
+        p, q = torch.nn.Parameter(whole[1:-1]), torch.nn.Parameter(start.clone())
+        gpu = AdamW([p], backend="native", **options)
+        cpu = AdamW([q], backend="reference", **options)
+        for g in grads:
+            p.grad, q.grad = to_gpu(g), g
+            gpu.step()
+            cpu.step()
+        assert_same(gpu, cpu)
+        assert (whole[[0, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_random_numbers_are_new_at_each_replay_of_a_graph(how) -> None:
+    dtypes, options = STORED[how]
+    pairs = pair(CASES["adamw"], dtypes, [5, 5000], capturable=True, **options)
+    replayed, eager = pairs
+    for p, q in zip(*(o.param_groups[0]["params"] for o in pairs), strict=True):
+        q.grad = wild(np.random.default_rng(0), q.numel(), q.dtype)
+        p.grad = to_gpu(q.grad)
+    graph = captured(replayed.step, replayed.step)
+    eager.step()
+    for _ in range(10):
+        graph.replay()
+        eager.step()
+        assert_same(replayed, eager)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "master"])
+def test_a_flipped_bit_of_what_is_stored_is_noticed(key) -> None:
+    options = {"master_weights": "split8", "state_dtype": "int8"}
+    gpu, cpu = pair(CASES["adamw"], [torch.bfloat16], [5000], **options)
+    run(gpu, cpu, 2)
+    stored = gpu.state[gpu.param_groups[0]["params"][0]][key]
+    stored.view({1: torch.int8, 4: torch.int32}[stored.element_size()])[7] ^= 1
+    with pytest.raises(AssertionError, match=f"'{key}'.* differ in bits, first at 7"):
+        assert_same(gpu, cpu)
 
 
 # ---- clipped, averaged, copied, unscaled ---------------------------------------------------------

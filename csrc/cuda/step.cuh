@@ -94,8 +94,9 @@ __global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored> j
   if (s < job.count && job.entry[s].step != nullptr && !overflowed(job)) *job.entry[s].step += 1.0f;
 }
 
+// To fit two blocks into a multiprocessor where a few registers are missing, the compiler would spill; one is enough.
 template <class Rule, class T, int E, bool stored>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
+__global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
   constexpr int parts = kState + Rule::states;
   __shared__ Rule made;
   if (overflowed(job)) return;
