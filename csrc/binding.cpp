@@ -19,7 +19,7 @@ struct Found {
   size_t place;  // in its group
   Parts parts;
   const at::Tensor* count;
-  bool usual;  // its state has no more entries than were asked for
+  bool usual;  // its state has no master that was not asked for
 };
 
 class Gatherer {
@@ -80,7 +80,9 @@ class Gatherer {
             found.parts[kScale + k] = hold_tensor(look_up(PyTuple_GET_ITEM(scales.ptr(), k)));
             ++expected;
           }
-          found.usual = PyDict_Size(entry) <= expected;
+          // A master that nobody asked for would be passed over, and with it half of the weight.
+          if (PyDict_Size(entry) > expected && master.is_none())
+            found.usual = PyDict_GetItemString(entry, "master") == nullptr;
         }
       }
       all.push_back(found);
