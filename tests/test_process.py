@@ -325,7 +325,7 @@ def test_training_goes_on_after_the_process_was_ended(tmp_path, by) -> None:
     assert child.stdout is not None and child.stdout.readline() == b"under way\n"
     time.sleep(0.05)
     child.send_signal(by)
-    child.wait(timeout=30)
+    child.wait(timeout=120)
     child.stdout.close()
     steps = torch.load(file, weights_only=True)["n"]
     assert train(file, steps + 3) == train(str(tmp_path / "other"), steps + 3)
