@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import threads
 
 import adamfused
 from adamfused import backend
@@ -185,3 +188,46 @@ def test_more_than_2_to_the_31_elements() -> None:
         int((part == few.detach()[0]).sum()) for part in p.detach().split(2**26)
     )  # a sum takes 8 n bytes
     assert moved == n - len(places)
+
+
+def aliased(n: int) -> torch.Tensor:
+    """A float32 tensor of n elements in 64 MB of memory, mapped again and again at addresses in a row."""
+    each = 2**26
+    count = -(-4 * n // each)
+    mmap_ = ctypes.CDLL(None).mmap
+    mmap_.restype, mmap_.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    file = os.memfd_create("aliased")
+    os.ftruncate(file, each)
+    start = mmap_(
+        None, count * each, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )  # addresses only
+    fixed = 0x10  # MAP_FIXED, which Python's mmap does not name
+    for i in range(count):
+        at = start + i * each
+        assert (
+            mmap_(at, each, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | fixed, file, 0)
+            == at
+        )
+    os.close(file)
+    return torch.frombuffer((ctypes.c_float * n).from_address(start), dtype=torch.float32)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+def test_more_than_2_to_the_31_elements_of_one_thread() -> None:
+    """Each step halves a weight, and the weights of a place in the 64 MB are so many; none is left out."""
+    n, place = 2**31 + 17, 2**24
+    p, g, m, v = (aliased(n) for _ in range(4))
+    p[:place] = 2.0**100
+    p.requires_grad_().grad = g
+    optimizer = adamfused.AdamW([p], lr=1.0, weight_decay=0.5, backend="native")
+    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": m, "exp_avg_sq": v}
+    with threads(1):
+        optimizer.step()
+    times = 100 - torch.log2(p.detach()[:place])
+    expected = torch.full((place,), float(n // place))
+    expected[: n % place] += 1
+    assert torch.equal(times, expected)

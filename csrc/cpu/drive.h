@@ -253,7 +253,7 @@ void run(const Job& job, int64_t begin, int64_t end) {
 
     bool converted = span.data[kCopy] != nullptr;
     for (int i = 0; i < parts; ++i) converted |= span.format[i] != as_is<T>;
-    auto move_some = [&](int n) {
+    auto move_some = [&](int64_t n) {
       Parts<T, Rule::states> all{at[kParam], at[kGrad], {}};
       for (int k = 0; k < Rule::states; ++k) all.s[k] = at[kState + k];
       move_lines(rule, all, n);
