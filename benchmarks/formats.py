@@ -7,7 +7,6 @@ Every speed is a ratio of two times taken in turn in the same run; see README.md
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from one_pass import times
-from targets import Part, arguments, judge, millions, of_copy, seconds
+from targets import Part, arguments, judge, millions, of_copy, report_of, seconds
 
 import adamfused
 from adamfused import backend, machine
@@ -114,10 +113,7 @@ def measure(elements: int, budget: float) -> Report:
             state_bytes=side.kept,
         )
         rows.append(row.timed(its, its, copy.bytes))
-    busy = load >= (os.cpu_count() or 1) / 4
-    warnings = [f"other work kept the machine busy at the start, load {load:.1f}"] if busy else []
-    facts = machine.facts() | {"load": load}
-    return Report(facts, "cpu", "bfloat16", [], copy.bytes, rows, warnings, busy)
+    return report_of(rows, "bfloat16", copy.bytes, load)
 
 
 def table(report: Report) -> Table:

@@ -8,14 +8,13 @@ Every speed is a ratio of two times taken in turn in the same run; see README.md
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from targets import LARGE, Line, Part, arguments, around, judge, millions, seconds
+from targets import LARGE, Line, Part, arguments, around, judge, millions, report_of, seconds
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -310,10 +309,7 @@ def measure(sides: Sequence[Side], work: Work, case: Case, budget: float) -> Rep
             state_bytes=sum(t.nbytes for t in kept),
         )
         rows.append(row.timed(turns[-1], turns[0], copy.bytes))
-    busy = load >= (os.cpu_count() or 1) / 4
-    warnings = [f"other work kept the machine busy at the start, load {load:.1f}"] if busy else []
-    facts = machine.facts() | {"load": load}
-    return Report(facts, "cpu", "float32", [], copy.bytes, rows, warnings, busy)
+    return report_of(rows, "float32", copy.bytes, load)
 
 
 def table(title: str, report: Report) -> Table:

@@ -78,6 +78,14 @@ def around(found: Interval, row: Row) -> str:
     return f"({found.low:.3g} to {found.high:.3g}; {row.optimizer} {1e3 * time.mid:.3g} ms)"
 
 
+def report_of(rows: list[Row], dtype: str, copy_bytes: int, load: float) -> Report:
+    """Rows that were timed in turn on the CPU, ``load`` other threads having run at the start."""
+    busy = load >= (os.cpu_count() or 1) / 4
+    warnings = [f"other work kept the machine busy at the start, load {load:.1f}"] if busy else []
+    facts = machine.facts() | {"load": load}
+    return Report(facts, "cpu", dtype, [], copy_bytes, rows, warnings, busy)
+
+
 # ---- the targets ---------------------------------------------------------------------------------
 
 

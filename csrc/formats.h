@@ -285,13 +285,7 @@ struct UnsignedScheme {
 using SignedCode = Code<SignedScheme>;
 using UnsignedCode = Code<UnsignedScheme>;
 
-// Which of three kinds a format is.
-template <class Format>
-inline constexpr bool is_number = false;
-template <>
-inline constexpr bool is_number<F32> = true;
-template <>
-inline constexpr bool is_number<F64> = true;
+// Which kind a format is, if it is not that of a number by itself, rounded to nearest.
 template <class Format>
 inline constexpr bool is_code = false;
 template <class Scheme>

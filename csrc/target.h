@@ -30,6 +30,25 @@
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
+template <class A, class B>
+inline constexpr bool same = false;
+template <class A>
+inline constexpr bool same<A, A> = true;
+
+// A number that is known when this is compiled, as an argument.
+template <int k>
+struct Index {
+  static constexpr int value = k;
+};
+
+template <int begin, int end, class Work>
+ADAMFUSED_HD void for_each(Work work) {
+  if constexpr (begin < end) {
+    work(Index<begin>{});
+    for_each<begin + 1, end>(work);
+  }
+}
+
 // A float's bits as a number, and back.
 ADAMFUSED_HD uint32_t bits_of(float x) {
   uint32_t b;

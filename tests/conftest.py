@@ -9,6 +9,8 @@ import pytest
 import torch
 from cuda_library import Kernels, build
 
+from adamfused import backend
+
 
 def _settings() -> dict[str, object]:
     """Everything of torch that holds for the whole process (or thread) and that a test might leave changed."""
@@ -31,6 +33,19 @@ def leaves_torch_as_it_found_it() -> Iterator[None]:
     after = _settings()
     torch.set_grad_enabled(True)
     assert after == before
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("native", marks=pytest.mark.native),
+        pytest.param("reference", marks=pytest.mark.reference),
+    ]
+)
+def path(request: pytest.FixtureRequest) -> str:
+    """The `backend` of an optimizer: each of the two that a test is to hold for."""
+    if request.param == "native" and backend.native() is None:
+        pytest.skip("the extension is not loaded")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

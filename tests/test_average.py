@@ -17,22 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from adamfused import Adam, AdamW, RMSprop, backend
+from adamfused import Adam, AdamW, RMSprop
 
 NAN = float("nan")
 OURS = pytest.mark.parametrize("ours", [Adam, AdamW, RMSprop])
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:

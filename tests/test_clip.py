@@ -19,21 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import adamfused
-from adamfused import Adam, AdamW, RMSprop, backend
+from adamfused import Adam, AdamW, RMSprop
 
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 # ---- a clipped step is the plain step on clipped gradients ---------------------------------------

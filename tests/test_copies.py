@@ -12,20 +12,7 @@ from helpers import COMPLEX_DTYPES, REAL_DTYPES, assert_same_bits, assert_same_r
 from test_refusals import build, everything, facts, in_inference_mode, parameter
 from torch import Tensor
 
-from adamfused import Adam, AdamW, RMSprop, backend
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
-
+from adamfused import Adam, AdamW, RMSprop
 
 # The shapes of test_refusals.build.
 SHAPES = [(4,), (2, 2), (5,), (2, 3), (1,)]

@@ -288,18 +288,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     return found_by
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
-
-
 def assert_same_lists(a: list[Tensor], b: list[Tensor], what: str) -> None:
     for name, x, y in zip(SHAPES, a, b, strict=False):
         assert_same_bits(x, y, f"{what} of {name}")

@@ -13,21 +13,9 @@ from test_refusals import everything, facts
 from test_storage_options import BF16, F32, numbers, train
 from torch import Tensor
 
-from adamfused import Adam, AdamW, RMSprop, backend, fp32_weights, load_fp32_weights
+from adamfused import Adam, AdamW, RMSprop, fp32_weights, load_fp32_weights
 
 KINDS = pytest.mark.parametrize("kind", ["split16", "split8", "fp32"])
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 class Net(torch.nn.Module):

@@ -15,22 +15,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from adamfused import Adam, AdamW, RMSprop, backend, grad_norm
+from adamfused import Adam, AdamW, RMSprop, grad_norm
 
 INF, NAN = float("inf"), float("nan")
 OURS = pytest.mark.parametrize("ours", [Adam, AdamW, RMSprop])
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 SHAPES = [(3,), (5, 7), ()]

@@ -25,7 +25,7 @@ from helpers import assert_same_bits, give_gradient, threads, wild
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import AdamW, RMSprop, backend
+from adamfused import AdamW, RMSprop
 
 # Rules with as many states as there are.
 CASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -46,18 +46,6 @@ PARALLEL = (4, 8, 32, 66)  # enough numbers for two threads
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request) -> Any:
-    return request.param
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
     return request.param
 
 

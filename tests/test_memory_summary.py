@@ -8,21 +8,9 @@ import pytest
 import torch
 from test_storage_options import BF16, F16, F32, numbers, parameters, train
 
-from adamfused import Adam, AdamW, RMSprop, backend
+from adamfused import Adam, AdamW, RMSprop
 
 N = 2 * 5120  # numbers in two parameters of LARGE
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 # dtype of the parameters, the optimizer and its options, and (bytes kept, bytes moved) for each number

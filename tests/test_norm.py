@@ -30,18 +30,6 @@ KERNELS = [
 either_norm = pytest.mark.parametrize("largest", [False, True], ids=["2", "inf"])
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
-
-
 @contextmanager
 def kernel(isa: str, n_threads: int) -> Iterator[None]:
     """Runs its body with an instruction set and as many threads."""

@@ -73,18 +73,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
-
-
 @contextmanager
 def kernel(isa: str, n_threads: int) -> Iterator[None]:
     """Runs its body with an instruction set and as many threads."""

@@ -30,18 +30,6 @@ Undo = Callable[[], Any]
 Provoke = Callable[[Optimizer], Undo]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
-
-
 # ---- all there is to know of an optimizer --------------------------------------------------------
 
 

@@ -18,22 +18,10 @@ from helpers import assert_same_bits, threads
 from test_formats import CPU, HALVES, float_of, neighbour, sample, value
 from torch import Tensor
 
-from adamfused import AdamW, backend, fp32_weights
+from adamfused import AdamW, fp32_weights
 from adamfused.formats import Random, place_key, put
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 # ---- one number ----------------------------------------------------------------------------------

@@ -17,25 +17,13 @@ from test_storage_options import AT_RANDOM, BF16, F16, F32, LARGE, numbers, para
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import Adam, AdamW, RMSprop, backend, formats, fp32_weights
+from adamfused import Adam, AdamW, RMSprop, formats, fp32_weights
 from adamfused.formats import Random, place_key
 from adamfused.storage import code_dtype
 
 MASTERS = (None, "split16", "split8", "fp32")
 STATES = (None, "int8", torch.bfloat16, torch.float32)
 FORMATS = list(itertools.product(MASTERS, STATES))
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 def twin_of(params: list[Any]) -> list[torch.nn.Parameter]:

@@ -226,18 +226,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], list
     return found_by
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
-
-
 def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
     for one, other in zip(a, b, strict=True):
         assert list(one) == list(other)

@@ -14,24 +14,12 @@ from test_refusals import everything
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import Adam, AdamW, RMSprop, backend, fp32_weights, step_in_backward
+from adamfused import Adam, AdamW, RMSprop, fp32_weights, step_in_backward
 from adamfused.formats import scales_shape
 from adamfused.parity.walk import give_gradient
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LARGE = (40, 128)  # 5,120 elements, enough for codes of 8 bits
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = BF16) -> Tensor:

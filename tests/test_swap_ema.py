@@ -13,19 +13,7 @@ from test_refusals import build, everything, the_one
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import AdamW, backend
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("native", marks=pytest.mark.native),
-        pytest.param("reference", marks=pytest.mark.reference),
-    ]
-)
-def path(request) -> str:
-    if request.param == "native" and backend.native() is None:
-        pytest.skip("the extension is not loaded")
-    return request.param
+from adamfused import AdamW
 
 
 def weights(optimizer: Optimizer) -> list[Tensor]:

@@ -77,42 +77,20 @@ constexpr bool kHasWays = true;
 constexpr bool kHasWays = false;  // what runs anywhere need not be fast
 #endif
 
-template <int k>
-struct Index {
-  static constexpr int value = k;
-};
-
-template <int n, class Work>
-inline void for_each(Work work) {
-  if constexpr (n > 0) {
-    for_each<n - 1>(work);
-    work(Index<n - 1>{});
-  }
-}
-
 // All states are 8-bit codes: each of the kind that its rule names.
 struct Codes {};
 
 template <class S, class Rule, int k>
-struct StateFormat {
-  using Type = S;
-};
-template <class Rule, int k>
-struct StateFormat<Codes, Rule, k> {
-  static constexpr bool never_negative = (Rule::never_negative >> k & 1) != 0;
-  template <bool, class A, class>
-  struct If {
-    using Type = A;
-  };
-  template <class A, class B>
-  struct If<false, A, B> {
-    using Type = B;
-  };
-  using Type = typename If<never_negative, UnsignedCode, SignedCode>::Type;
-};
-
+auto format_of() {
+  if constexpr (!same<S, Codes>)
+    return S{};
+  else if constexpr ((Rule::never_negative >> k & 1) != 0)
+    return UnsignedCode{};
+  else
+    return SignedCode{};
+}
 template <class S, class Rule, int k>
-using FormatOf = typename StateFormat<S, Rule, k>::Type;
+using FormatOf = decltype(format_of<S, Rule, k>());
 
 template <int parts>
 struct Places {
@@ -138,7 +116,7 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
     float scale[states] = {};
     bool finite = true;
     if constexpr (coded)
-      for_each<states>([&](auto index) {
+      for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         scale[k] = *place[kState + k].below<FormatOf<S, Rule, k>>(at);
         finite &= all_finite<FormatOf<S, Rule, k>>(place[kState + k].rest<FormatOf<S, Rule, k>>(at), n);
@@ -151,14 +129,14 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
       if constexpr (is_joined<P>) ask_for(p_beside + i);
       load_line<G>(g_rest + i, nullptr, 0, g);
       load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
-      for_each<states>([&](auto index) {
+      for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         const auto* rest = place[kState + k].rest<FormatOf<S, Rule, k>>(at) + i;
         ask_for(rest);
         load_line<FormatOf<S, Rule, k>, true>(rest, nullptr, scale[k], s[k]);
       });
       for (int j = 0; j < kVectors; ++j) move(rule, p, g, s, j);
-      for_each<states>([&](auto index) {
+      for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         if constexpr (coded) {
           for (int j = 0; j < kVectors; ++j) {
@@ -173,11 +151,11 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
     }
     if constexpr (coded) {
       Scaling scaling[states];
-      for_each<states>([&](auto index) {
+      for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         scaling[k] = scaling_of<FormatOf<S, Rule, k>>(kept[k], n, top[k]);
       });
-      for_each<states>([&](auto index) {
+      for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         using Format = FormatOf<S, Rule, k>;
         const Place& state = place[kState + k];

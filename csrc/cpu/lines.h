@@ -9,11 +9,6 @@
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
-template <class A, class B>
-inline constexpr bool same = false;
-template <class A>
-inline constexpr bool same<A, A> = true;
-
 // What comes is asked for this many bytes ahead. The processor's own prefetching ends with each page of memory, and a
 // rule has so many instructions that the next page is not in sight when it does.
 constexpr int kAhead = 512;

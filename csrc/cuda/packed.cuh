@@ -6,25 +6,6 @@
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
-
-template <int k>
-struct Index {
-  static constexpr int value = k;
-};
-
-// With a slot that is known when this is compiled, what cannot lie there costs nothing.
-template <int begin, int end, class Work>
-__device__ __forceinline__ void for_each(Work work) {
-  if constexpr (begin < end) {
-    work(Index<begin>{});
-    for_each<begin + 1, end>(work);
-  }
-}
-
 // Whether numbers that lie by themselves, rounded to nearest: most jobs have no others.
 template <class Format>
 constexpr bool is_plain = !is_code<Format> && !is_joined<Format> && !at_random<Format>;
