@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .base import EmaDecay, Options, Plan, as_number, check_lr
+from .base import Plan, as_number, check_betas, check_lr, check_not_negative, numbers, plain_betas
 from .optimizer import FusedOptimizer
-from .storage import StateDtype
+from .options import Extras, with_extras
 
 
+@with_extras
 class Adam(FusedOptimizer):
     r"""Adam, fused; a drop-in for :class:`torch.optim.Adam`.
 
@@ -45,34 +47,7 @@ class Adam(FusedOptimizer):
         fused: accepted for drop-in use and ignored: every step is fused.
         decoupled_weight_decay: shrink the weights directly, as AdamW does.
         bias_correction: ``False`` leaves out both :math:`1-\beta^t`.
-        state_dtype: the dtype of the moments: ``None`` for at least float32 (torch.optim takes the parameter's dtype;
-            with 16-bit parameters that loses small gradients), ``"param"`` for torch's choice, a floating dtype, or
-            ``"int8"`` for codes of 8 bits with a scale for each 128 (float32 for complex parameters and for those with
-            fewer than 4,096 elements).
-        master_weights: of bfloat16 parameters, keep the bits that they round off: ``"split16"`` for the lower half of a
-            float32 weight, with which they train as float32 parameters do, bit for bit; ``"split8"`` for 8 bits of it.
-            ``"fp32"``, for float16 as well, keeps a whole float32 weight. It lies in ``state[p]["master"]``; see
-            :func:`adamfused.fp32_weights`.
-        stochastic_rounding: round 16-bit parameters without a master, and 16-bit moments, at random: up or down, each
-            as often as it is near.
-        seed: of these random numbers and of those by which codes are rounded, from 0 to 2^64 - 1. They depend on it,
-            on the parameter's place in the optimizer, on its step count and on an element's place, and on nothing else.
-        max_grad_norm: clip by the global norm: gradients are multiplied, inside of the update, by what
-            :func:`torch.nn.utils.clip_grad_norm_` would multiply them by. They are not rewritten. The norm is left in
-            :attr:`grad_norm`.
-        norm_type: 2.0, or ``float("inf")`` for the largest magnitude.
-        error_if_nonfinite: raise, before anything moves, if the norm is infinite or NaN.
-        ema_decay: keep an average of the weights, ``e = d * e + (1 - d) * p`` with ``d = ema_decay``, updated in the
-            same pass from the new weights before they are rounded to the parameter's dtype; its first value is the
-            first new weights. A number in [0, 1], or a function of the parameter's step count. It lies in
-            ``state[p]["ema"]``; see :meth:`swap_ema` and :meth:`ema_state_dict`.
-        ema_dtype: the dtype of the average: ``None`` for at least float32, ``"param"``, or a floating dtype.
-        copy_to: as many tensors as parameters, in their order, of the same shapes and devices and any floating dtype
-            (also in pinned memory): each receives the new weights, rounded once to its dtype, in the same pass.
-        fused_unscale: leave unscaling by ``torch.amp.GradScaler`` to the step, which does not rewrite gradients and,
-            if ``capturable``, does not wait for the device; ``False`` lets the scaler do it, as frameworks need that
-            clip between the two.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; ``None`` for what ``ADAMFUSED_BACKEND`` says.
+        {extras}
 
     Raises:
         ValueError: for a hyper-parameter out of range, with torch.optim's words, and for a parameter that cannot have
@@ -98,6 +73,7 @@ class Adam(FusedOptimizer):
         "decoupled_weight_decay": False,
     }
     _known_states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _own_options: ClassVar[tuple[str, ...]] = ("bias_correction",)
 
     def __init__(
         self,
@@ -115,24 +91,11 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
-        state_dtype: StateDtype = None,
-        master_weights: str | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        ema_decay: EmaDecay = None,
-        ema_dtype: StateDtype = None,
-        copy_to: Iterable[Tensor] | None = None,
-        fused_unscale: bool = True,
-        backend: str | None = None,
+        **extras: Unpack[Extras],
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(
-                as_number(b) if isinstance(b, Tensor) and b.numel() == 1 else b for b in betas
-            ),
+            "betas": plain_betas(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -146,45 +109,21 @@ class Adam(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            options=Options(
-                backend=backend,
-                max_grad_norm=max_grad_norm,
-                norm_type=norm_type,
-                error_if_nonfinite=error_if_nonfinite,
-                ema_decay=ema_decay,
-                ema_dtype=ema_dtype,
-                fused_unscale=fused_unscale,
-            ),
-            copy_to=copy_to,
-            state_dtype=(state_dtype, None),
-            master_weights=(master_weights, None),
-            stochastic_rounding=(stochastic_rounding, False),
-            seed=(seed, 0),
+            extras,
             bias_correction=(bias_correction, True),
         )
 
     @staticmethod
     def _check_group(group: Mapping[str, Any]) -> None:
         check_lr(group["lr"])
-        if not 0.0 <= group["eps"]:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        for i, beta in enumerate(group["betas"]):
-            if isinstance(beta, Tensor) and beta.numel() != 1:
-                raise ValueError(f"Tensor betas[{i}] must be 1-element")
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= group["weight_decay"]:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        check_not_negative(group, "eps")
+        check_betas(group["betas"])
+        check_not_negative(group, "weight_decay")
 
     def _plan(self, group: dict[str, Any]) -> Plan:
-        beta1, beta2 = group["betas"]
         hyper = [
-            as_number(beta1),
-            as_number(beta2),
-            as_number(group["eps"]),
-            as_number(group["weight_decay"]),
-            float(group["decoupled_weight_decay"]),
-            float(group["maximize"]),
+            *map(as_number, group["betas"]),
+            *numbers(group, "eps", "weight_decay", "decoupled_weight_decay", "maximize"),
             float(group.get("bias_correction", True)),
         ]
         if group["amsgrad"]:
@@ -192,6 +131,7 @@ class Adam(FusedOptimizer):
         return Plan("adam", ("exp_avg", "exp_avg_sq"), hyper)
 
 
+@with_extras
 class AdamW(Adam):
     """AdamW, fused; a drop-in for :class:`torch.optim.AdamW`.
 
@@ -224,18 +164,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         bias_correction: bool = True,
-        state_dtype: StateDtype = None,
-        master_weights: str | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        ema_decay: EmaDecay = None,
-        ema_dtype: StateDtype = None,
-        copy_to: Iterable[Tensor] | None = None,
-        fused_unscale: bool = True,
-        backend: str | None = None,
+        **extras: Unpack[Extras],
     ) -> None:
         super().__init__(
             params,
@@ -251,18 +180,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             bias_correction=bias_correction,
-            state_dtype=state_dtype,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            max_grad_norm=max_grad_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite,
-            ema_decay=ema_decay,
-            ema_dtype=ema_dtype,
-            copy_to=copy_to,
-            fused_unscale=fused_unscale,
-            backend=backend,
+            **extras,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import BaseOptimizer, check_ema_decay
+from .base import BaseOptimizer
+from .options import check_ema_decay
 from .storage import EMA, MASTER, state_dtype_for, weight
 
 

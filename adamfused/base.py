@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backend, checks
-from .norm import check_norm
+from .options import DEFAULTS, GROUP_EXTRAS, Options
 from .shards import local
 from .storage import (
     EMA,
-    StateDtype,
     check_options,
-    check_state_dtype,
     master_problem,
     rounding_problem,
     state_dtype_for,
@@ -36,6 +34,11 @@ def as_number(x: float | Tensor) -> float:
     return float(x.item()) if isinstance(x, Tensor) else float(x)
 
 
+def numbers(group: Mapping[str, Any], *keys: str) -> list[float]:
+    """Entries of a group as a rule's numbers; a switch is 0 or 1."""
+    return [as_number(group[key]) for key in keys]
+
+
 def check_lr(lr: float | Tensor) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -43,41 +46,24 @@ def check_lr(lr: float | Tensor) -> None:
         raise ValueError(f"Invalid learning rate: {lr}")
 
 
-EmaDecay = float | Callable[[float], float] | None
+def check_not_negative(group: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if not 0.0 <= group[key]:
+            name = {"eps": "epsilon"}.get(key, key)
+            raise ValueError(f"Invalid {name} value: {group[key]}")
 
 
-def check_ema_decay(decay: Any) -> float:
-    try:
-        valid = 0.0 <= decay <= 1.0
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"Invalid ema_decay value: {decay!r}; expected a number from 0 to 1")
-    return float(decay)
+def check_betas(betas: Sequence[float | Tensor]) -> None:
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
 
 
-class Options(NamedTuple):
-    """What is set for an optimizer as a whole. Groups and checkpoints do not have it."""
-
-    backend: str | None
-    max_grad_norm: float | None
-    norm_type: float
-    error_if_nonfinite: bool
-    ema_decay: EmaDecay
-    ema_dtype: StateDtype
-    fused_unscale: bool
-
-    def checked(self) -> Options:
-        """The same with plain numbers. Raises ValueError if one is out of range."""
-        check_norm(self.max_grad_norm, self.norm_type)
-        if self.error_if_nonfinite and self.max_grad_norm is None:
-            raise ValueError(
-                "error_if_nonfinite=True without max_grad_norm; expected both; max_grad_norm=float('inf') clips nothing"
-            )
-        check_state_dtype(self.ema_dtype, "ema_dtype")
-        if self.ema_decay is None or callable(self.ema_decay):
-            return self
-        return self._replace(ema_decay=check_ema_decay(self.ema_decay))
+def plain_betas(betas: Sequence[float | Tensor]) -> tuple[Any, ...]:
+    """Numbers in place of tensors; what is no number stays, for :func:`check_betas`."""
+    return tuple(as_number(b) if isinstance(b, Tensor) and b.numel() == 1 else b for b in betas)
 
 
 class BaseOptimizer(Optimizer):
@@ -87,37 +73,44 @@ class BaseOptimizer(Optimizer):
     """For group keys that older checkpoints lack: the value that they stood for."""
     _known_states: ClassVar[tuple[str, ...]] = ()
     """Every state name that the optimizer may have, in any setting."""
+    _own_options: ClassVar[tuple[str, ...]] = ()
+    """Group keys that torch's namesake does not have, besides those of every optimizer here."""
 
     def __init__(
         self,
         params: Any,
         defaults: dict[str, Any],
-        *,
-        options: Options,
-        copy_to: Any,
-        **extras: Any,
+        extras: Mapping[str, Any],
+        **own: tuple[Any, Any],
     ) -> None:
-        """``extras`` are group keys that torch's optimizer does not have, by name: (value, its default). One that has
-        its default stays out of the groups, so that checkpoints are those of torch."""
+        """``defaults`` are torch's, ``own`` more group keys by name: (value, its default). Of these and of ``extras``,
+        one that has its default stays out of the groups, so that checkpoints are those of torch."""
+        for name in extras:
+            if name not in DEFAULTS:
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument '{name}'"
+                )
         self._check_group(defaults)
-        self._options = options.checked()
+        given = DEFAULTS | dict(extras)
+        self._options = Options.of(given)
+        own |= {name: (given[name], DEFAULTS[name]) for name in GROUP_EXTRAS}
         if defaults["differentiable"]:
             raise ValueError(
                 f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
                 f"use torch.optim.{type(self).__name__} for that"
             )
-        check_options({key: value for key, (value, _) in extras.items()})
-        backend.choose(options.backend)
+        check_options({key: value for key, (value, _) in own.items()})
+        backend.choose(given["backend"])
         backend.native()
         self._copies: dict[Any, Tensor] = {}
         self._results: dict[
             str, Any
         ] = {}  # of the last step; torch.compile keeps what is set in a dict
         super().__init__(
-            params, defaults | {k: v for k, (v, default) in extras.items() if v != default}
+            params, defaults | {k: v for k, (v, default) in own.items() if v != default}
         )
-        if copy_to is not None:
-            self._take_copies([p for _, _, p in self._each()], copy_to)
+        if given["copy_to"] is not None:
+            self._take_copies([p for _, _, p in self._each()], given["copy_to"])
 
     def _check_average(self, group: Mapping[str, Any]) -> None:
         if callable(self._options.ema_decay) and group["capturable"]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from . import checks
 from .base import BaseOptimizer
 from .formats import Random, place_key
+from .options import GROUP_EXTRAS
 from .shards import first_number
-from .storage import GROUP_KEYS, check_options, converted, in_float32
+from .storage import check_options, converted, in_float32
 
 _OWN_KEYS = ("state_dtype", "master_weights")  # of a group; what a checkpoint has does not matter
 
@@ -82,7 +83,7 @@ class Checkpoints(BaseOptimizer):
             for i, entry in saved["state"].items()
         }
         groups = [
-            {key: value for key, value in group.items() if key not in GROUP_KEYS}
+            {key: value for key, value in group.items() if key not in self._extra_keys()}
             for group in saved["param_groups"]
         ]
         return {**saved, "state": states, "param_groups": groups}
@@ -137,16 +138,20 @@ class Checkpoints(BaseOptimizer):
                 self._loading[p] = converted(p, entry, group, self._known_states, random)
         return {**state_dict, "state": states, "param_groups": groups}
 
+    def _extra_keys(self) -> tuple[str, ...]:
+        """What groups may have and torch's have not."""
+        return (*GROUP_EXTRAS, *self._own_options)
+
     def _taken_group(self, j: int, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The j-th group of a checkpoint with this optimizer's own formats."""
-        optional = {*GROUP_KEYS, *self._group_defaults}
+        optional = {*self._extra_keys(), *self._group_defaults}
         lacking = [key for key in self.defaults if key not in saved and key not in optional]
         if lacking:
             raise ValueError(
                 f"{type(self).__name__}: group {j} of the checkpoint lacks {', '.join(map(repr, lacking))}; "
                 "expected all options of this optimizer; it was saved by another one, or is not whole"
             )
-        own = {k: v for k, v in self.param_groups[j].items() if k in GROUP_KEYS}
+        own = {k: v for k, v in self.param_groups[j].items() if k in self._extra_keys()}
         group = own | {k: v for k, v in saved.items() if k not in _OWN_KEYS}
         whole = self._group_defaults | group
         self._check_group(whole)

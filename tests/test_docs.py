@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim import Optimizer
 
 import adamfused
 
@@ -46,10 +49,21 @@ def test_examples_in_the_documentation() -> None:
     assert sum(result.failed for result in results) == 0
 
 
-@pytest.mark.parametrize("cls", [adamfused.Adam, adamfused.AdamW, adamfused.RMSprop])
+OPTIMIZERS = [
+    c for c in vars(adamfused).values() if isinstance(c, type) and issubclass(c, Optimizer)
+]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_every_argument_is_in_the_docstring(cls) -> None:
     text = cls.__doc__ + (adamfused.Adam.__doc__ if issubclass(cls, adamfused.Adam) else "")
-    missing = [
-        name for name in cls.__init__.__annotations__ if name != "return" and f"{name}:" not in text
-    ]
+    missing = [name for name in inspect.signature(cls).parameters if f"{name}:" not in text]
     assert missing == []
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_keyword_that_no_class_knows_is_an_error_of_python(cls) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{cls.__name__}.__init__\(\) got an unexpected keyword argument 'lrr'$"
+    ):
+        cls([torch.nn.Parameter(torch.ones(1))], lrr=0.1)
