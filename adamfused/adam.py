@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Plan, as_number, check_betas, check_lr, check_not_negative, numbers, plain_betas
+from .base import as_number, check_betas, check_lr, check_not_negative, numbers, plain_betas
 from .optimizer import FusedOptimizer
 from .options import Extras, with_extras
+from .plan import Plan
 
 
 @with_extras

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,23 +11,16 @@ from torch.optim import Optimizer
 
 from . import backend, checks
 from .options import DEFAULTS, GROUP_EXTRAS, Options
+from .plan import Plan
 from .shards import local
 from .storage import (
     EMA,
+    STEP,
     check_options,
     master_problem,
     rounding_problem,
     state_dtype_for,
 )
-
-
-class Plan(NamedTuple):
-    """How a parameter group moves: the rule's name, the names of its states in the rule's order, and the rule's
-    numbers in the order of its ``Hyper`` struct."""
-
-    rule: str
-    keys: tuple[str, ...]
-    hyper: list[float]
 
 
 def as_number(x: float | Tensor) -> float:
@@ -73,6 +66,10 @@ class BaseOptimizer(Optimizer):
     """For group keys that older checkpoints lack: the value that they stood for."""
     _known_states: ClassVar[tuple[str, ...]] = ()
     """Every state name that the optimizer may have, in any setting."""
+    _carried: ClassVar[str | None] = None
+    """The name of the number that its rule carries from step to step, if it does."""
+    _torch_lacks: ClassVar[tuple[str, ...]] = ()
+    """The states that torch's namesake does not keep."""
     _own_options: ClassVar[tuple[str, ...]] = ()
     """Group keys that torch's namesake does not have, besides those of every optimizer here."""
 
@@ -113,7 +110,7 @@ class BaseOptimizer(Optimizer):
             self._take_copies([p for _, _, p in self._each()], given["copy_to"])
 
     def _check_average(self, group: Mapping[str, Any]) -> None:
-        if callable(self._options.ema_decay) and group["capturable"]:
+        if callable(self._options.ema_decay) and group.get("capturable", False):
             raise ValueError(
                 "ema_decay is a function, and capturable=True keeps the step count, which it is called with, on the "
                 "device; expected a number; use capturable=False for a function"
@@ -164,6 +161,14 @@ class BaseOptimizer(Optimizer):
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         raise NotImplementedError
+
+    def _begins_with(self, group: Mapping[str, Any], key: str) -> float:
+        """What all numbers of a state are before the first step."""
+        return 0.0
+
+    def _completed(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's entry in a checkpoint, with what torch's namesake leaves out."""
+        return entry
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
@@ -225,6 +230,10 @@ class BaseOptimizer(Optimizer):
                 name = f" ('{names[i]}')" if names and i < len(names) else ""
                 return f"{type(self).__name__}: parameter {i} of group {j}{name}"
         raise AssertionError("no parameter of this optimizer")
+
+    def _counts(self) -> tuple[str, ...]:
+        """The names of the numbers of a parameter's state: tensors of one element."""
+        return (STEP,) if self._carried is None else (STEP, self._carried)
 
     def _known_keys(self) -> tuple[str, ...]:
         return (*self._known_states, *([EMA] if self._options.ema_decay is not None else []))

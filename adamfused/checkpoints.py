@@ -14,7 +14,7 @@ from .base import BaseOptimizer
 from .formats import Random, place_key
 from .options import GROUP_EXTRAS
 from .shards import first_number
-from .storage import check_options, converted, in_float32
+from .storage import STEP, check_options, converted, in_float32
 
 _OWN_KEYS = ("state_dtype", "master_weights")  # of a group; what a checkpoint has does not matter
 
@@ -38,14 +38,17 @@ class Checkpoints(BaseOptimizer):
                 entry = self.state.get(p)
                 if not entry:
                     continue
-                count = entry["step"]
-                if not isinstance(count, Tensor):
-                    count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
-                if loading is not None:
-                    device = p.device if group["capturable"] else torch.device("cpu")
-                    dtype = torch.float32 if group["capturable"] else count.dtype
-                    count = count.to(device=device, dtype=dtype, copy=True)  # may be shared by all
-                entry["step"] = count
+                for key in self._counts():
+                    count = entry[key]
+                    if not isinstance(count, Tensor):
+                        count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+                    if loading is not None:
+                        on_device = group.get("capturable", False)
+                        device = p.device if on_device else torch.device("cpu")
+                        dtype = torch.float32 if on_device else count.dtype
+                        # a copy, because all parameters may share it
+                        count = count.to(device=device, dtype=dtype, copy=True)
+                    entry[key] = count
 
     @torch._disable_dynamo
     def state_dict(self, *, format: Literal["torch"] | None = None) -> dict[str, Any]:
@@ -78,10 +81,12 @@ class Checkpoints(BaseOptimizer):
             return saved
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
         params = {i: p for i, (_, _, p) in zip(ids, self._each(), strict=True)}
+        counts = [key for key in self._counts() if key not in self._torch_lacks]
         states = {
-            i: in_float32(params[i], entry, self._known_states) if i in params else entry
+            i: in_float32(params[i], entry, counts, self._known_states) if i in params else entry
             for i, entry in saved["state"].items()
         }
+        states = {i: entry for i, entry in states.items() if entry}
         groups = [
             {key: value for key, value in group.items() if key not in self._extra_keys()}
             for group in saved["param_groups"]
@@ -117,7 +122,10 @@ class Checkpoints(BaseOptimizer):
         if lengths != [len(g["params"]) for g in self.param_groups]:
             return state_dict  # torch's own message follows
         groups = [self._taken_group(j, saved) for j, saved in enumerate(saved_groups)]
-        plans = [self._plan(self._group_defaults | group) for group in groups]
+        plans = [
+            self._plan(self._group_defaults | group)._replace(carried=self._carried)
+            for group in groups
+        ]
         states = dict(state_dict["state"].items())
         self._loading: dict[Tensor, dict[str, Any]] = {}
         ids = chain.from_iterable(g["params"] for g in saved_groups)
@@ -125,17 +133,21 @@ class Checkpoints(BaseOptimizer):
             group = groups[j]
             problem = self._format_problem(p, group)
             entry = states.get(saved_id)
+            if entry:
+                entry = self._completed(entry)
             if entry and problem is None:
                 problem = checks.load_problem(
-                    p, entry, plans[j].keys, self._known_keys(), group.get("master_weights")
+                    p, entry, plans[j], self._known_keys(), group.get("master_weights")
                 )
             if problem:
                 raise ValueError(f"{self._place(p)}: {problem}")
             if entry:
                 del states[saved_id]
                 key = place_key(group.get("seed", 0), place)
-                random = Random.at_step(key, float(entry["step"]), first_number(p) or 0)
-                self._loading[p] = converted(p, entry, group, self._known_states, random)
+                random = Random.at_step(key, float(entry[STEP]), first_number(p) or 0)
+                self._loading[p] = converted(
+                    p, entry, group, self._counts(), self._known_states, random
+                )
         return {**state_dict, "state": states, "param_groups": groups}
 
     def _extra_keys(self) -> tuple[str, ...]:
@@ -157,7 +169,7 @@ class Checkpoints(BaseOptimizer):
         self._check_group(whole)
         check_options(group)
         if not isinstance(
-            whole["capturable"], (bool, int)
+            whole.get("capturable", False), (bool, int)
         ):  # it is asked for when states have been replaced
             raise ValueError(
                 f"Invalid capturable value: {whole['capturable']!r}; expected True or False"

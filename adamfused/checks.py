@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .formats import CODES, FORMATS, scales_shape
+from .plan import Plan
 from .shards import local
-from .storage import EMA, MASTER, MASTERS, code_dtype, master_problem, scale_key
+from .storage import EMA, MASTER, MASTERS, STEP, code_dtype, master_problem, scale_key
 
 _DTYPES = "float32, float64, bfloat16 or float16, or a complex dtype made of one of these"
 
@@ -209,10 +210,11 @@ def step_problem(
     param: Tensor,
     grad: Tensor,
     state: Mapping[str, Any],
-    keys: Sequence[str],
+    plan: Plan,
     group: Mapping[str, Any],
 ) -> str | None:
     """Why this parameter cannot be stepped, or ``None``."""
+    keys = plan.keys
     if problem := tensors_problem(param, grad):
         return problem
     kind = group.get("master_weights")
@@ -249,38 +251,63 @@ def step_problem(
         if part.dtype is not None and part.key != MASTER and not t.is_contiguous():
             return f"{what} has strides {t.stride()}; expected a contiguous tensor; {_ANEW}"
         seen[what] = t
-    count = state.get("step")
-    if not isinstance(count, Tensor) or count.numel() != 1:
-        got = f"a {type(count).__name__}"
-        if isinstance(count, Tensor):
-            got = f"of shape {tuple(count.shape)}"
-        elif "step" not in state:
-            got = "missing"
-        return (
-            f"state 'step' is {got}; expected a tensor with one number; load a checkpoint that fits"
-        )
-    if count.dtype not in _COUNTS:
-        return f"state 'step' has dtype {count.dtype}; expected float32, float64 or int64; load a checkpoint that fits"
-    if count.device.type != "cpu" and count.device != param.device:
-        return f"state 'step' is on {count.device}; expected cpu or the parameter's {param.device}; move it there"
-    if count.device.type == "cpu" and not count_is_valid(count):
-        return f"state 'step' is {count.item()}; expected a number from 0 to 2^53; load a checkpoint that fits"
+    for key in (STEP, plan.carried):
+        if key is None:
+            continue
+        count = state.get(key)
+        if not isinstance(count, Tensor) or count.numel() != 1:
+            got = f"a {type(count).__name__}"
+            if isinstance(count, Tensor):
+                got = f"of shape {tuple(count.shape)}"
+            elif key not in state:
+                got = "missing"
+            return f"state '{key}' is {got}; expected a tensor with one number; load a checkpoint that fits"
+        if count.dtype not in _count_dtypes(key):
+            return (
+                f"state '{key}' has dtype {count.dtype}; expected {_any_of(_count_dtypes(key))}; "
+                "load a checkpoint that fits"
+            )
+        if count.device.type != "cpu" and count.device != param.device:
+            return f"state '{key}' is on {count.device}; expected cpu or the parameter's {param.device}; move it there"
+        if count.device != (beside := state[STEP].device):
+            return f"state '{key}' is on {count.device}; expected the device of 'step', {beside}; move it there"
+        if count.device.type == "cpu" and not count_is_valid(count, key):
+            return (
+                f"state '{key}' is {count.item()}; expected a number from 0 to {_most(key)}; "
+                "load a checkpoint that fits"
+            )
     return None
 
 
-def count_is_valid(count: Tensor | float) -> bool:
-    return 0 <= float(count) < 2**53  # the whole numbers that a double holds; false for NaN, too
+def _most(key: str) -> str:
+    return "2^53" if key == STEP else "1"
+
+
+def _count_dtypes(key: str) -> tuple[torch.dtype, ...]:
+    return _COUNTS if key == STEP else _COUNTS[:2]
+
+
+def _any_of(dtypes: Sequence[torch.dtype]) -> str:
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}"
+
+
+def count_is_valid(count: Tensor | float, key: str = STEP) -> bool:
+    """A count is one of the whole numbers that a double holds, and what is carried beside it at most 1."""
+    most = 2**53 - 1 if key == STEP else 1
+    return 0 <= float(count) <= most  # not so for NaN
 
 
 def load_problem(
     param: Tensor,
     state: Mapping[str, Any],
-    required: Sequence[str],
+    plan: Plan,
     known: Sequence[str],
     master: str | None = None,
 ) -> str | None:
     """Why this entry of a state dict does not fit the parameter, which has these ``master_weights``, or ``None``."""
-    missing = [key for key in ("step", *required) if key not in state]
+    counts = (STEP,) if plan.carried is None else (STEP, plan.carried)
+    missing = [key for key in (*counts, *plan.keys) if key not in state]
     if missing:
         return (
             f"the checkpoint lacks {_names(missing)}; it has {_names(state)}; it was saved by another optimizer, or "
@@ -293,7 +320,7 @@ def load_problem(
         [key for key in known if key in state],
         getattr(beside, "dtype", torch.float32) if MASTER in state else None,
     )
-    unknown = [key for key in state if key != "step" and all(key != part.key for part in parts)]
+    unknown = [key for key in state if key not in counts and all(key != part.key for part in parts)]
     if unknown == ["ema"]:
         return (
             "the checkpoint has 'ema', an average of the weights, and this optimizer keeps none; make it with "
@@ -318,17 +345,22 @@ def load_problem(
                 f"'master' in the checkpoint has dtype {beside.dtype}, which does not go with the parameter's "
                 f"{param.dtype}; it was saved for another model"
             )
-    count = state["step"]
-    if isinstance(count, Tensor):
-        if count.numel() != 1 or count.dtype not in _COUNTS or count.device.type == "meta":
-            return (
-                f"'step' in the checkpoint has shape {tuple(count.shape)} and dtype {count.dtype} on {count.device}; "
-                "expected one number, float32, float64 or int64"
-            )
-    elif not isinstance(count, (int, float)) or isinstance(count, bool):
-        return f"'step' in the checkpoint is a {type(count).__name__}; expected one number"
-    if not count_is_valid(count):
-        return f"'step' in the checkpoint is {float(count)}; expected a number from 0 to 2^53"
+    for key in counts:
+        count = state[key]
+        if isinstance(count, Tensor):
+            if (
+                count.numel() != 1
+                or count.dtype not in _count_dtypes(key)
+                or count.device.type == "meta"
+            ):
+                return (
+                    f"'{key}' in the checkpoint has shape {tuple(count.shape)} and dtype {count.dtype} on "
+                    f"{count.device}; expected one number, {_any_of(_count_dtypes(key))}"
+                )
+        elif not isinstance(count, (int, float)) or isinstance(count, bool):
+            return f"'{key}' in the checkpoint is a {type(count).__name__}; expected one number"
+        if not count_is_valid(count, key):
+            return f"'{key}' in the checkpoint is {float(count)}; expected a number from 0 to {_most(key)}"
     return None
 
 

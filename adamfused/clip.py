@@ -99,7 +99,7 @@ class Clipping(BaseOptimizer):
         if not isinstance(found_inf, Tensor):
             return True if found_inf else None
         on_device = found_inf.device.type != "cpu" and all(
-            group["capturable"] and all(p.device.type != "cpu" for p in group["params"])
+            group.get("capturable", False) and all(p.device.type != "cpu" for p in group["params"])
             for group in groups
         )
         return found_inf.float().reshape(()) if on_device else (True if found_inf else None)

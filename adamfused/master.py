@@ -80,8 +80,7 @@ def load_fp32_weights(
             continue
         is_new = not optimizer.state.get(p)
         if is_new:
-            keys = optimizer._full_plan(group).keys
-            optimizer.state[p] = optimizer._new_state(p, group, keys)
+            optimizer.state[p] = optimizer._new_state(p, group, optimizer._full_plan(group))
         state = optimizer.state[p]
         if MASTER not in state:
             state[MASTER] = new_master(p, group["master_weights"])

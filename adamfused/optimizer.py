@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from . import backend, memory, reference
-from .base import Plan, as_number
+from .base import as_number
 from .checkpoints import Checkpoints
 from .clip import Clipping
 from .formats import Random
 from .norm import coefficient
-from .rules import Now
+from .plan import Plan
+from .rules import CARRIED, Now
 from .states import Randomness, States
-from .storage import EMA, MASTER, MASTERS, scale_key
+from .storage import EMA, MASTER, MASTERS, STEP, scale_key
 
 
 class FusedOptimizer(States, Clipping, Checkpoints):
@@ -142,11 +143,11 @@ class FusedOptimizer(States, Clipping, Checkpoints):
 
         def init(j: int, i: int) -> None:
             p = groups[j]["params"][i]
-            self._check(p, groups[j], plans[j].keys, only_tensors=True)
-            self.state[p] = self._new_state(p, groups[j], plans[j].keys)
+            self._check(p, groups[j], plans[j], only_tensors=True)
+            self.state[p] = self._new_state(p, groups[j], plans[j])
 
         def judge(j: int, i: int) -> list[Tensor | None] | None:
-            return self._judge(groups[j]["params"][i], groups[j], plans[j].keys, choice)
+            return self._judge(groups[j]["params"][i], groups[j], plans[j], choice)
 
         if native is not None:
             rows = [self._row(native, *each) for each in zip(groups, plans, randoms, strict=True)]
@@ -168,18 +169,23 @@ class FusedOptimizer(States, Clipping, Checkpoints):
     ) -> None:
         scale = 1.0 if factor is None else float(factor)
         for j, i in places:
-            parts = self._parts(groups[j]["params"][i], plans[j].keys)
-            after = parts.step + 1
+            plan = plans[j]
+            parts = self._parts(groups[j]["params"][i], plan)
+            after, carried_after = parts.step + 1, None
             t = float(after)
+            if parts.carried is not None:
+                number = CARRIED[plan.rule](plan.hyper, t, float(parts.carried))
+                carried_after = torch.tensor(number, dtype=parts.carried.dtype)
             if t not in decays:
                 decays[t] = self._ema_decay_at(t)
-            now = Now(as_number(groups[j]["lr"]), t, scale, decays[t])
+            carried = 1.0 if carried_after is None else float(carried_after)
+            now = Now(as_number(groups[j]["lr"]), t, scale, decays[t], carried)
             random = None
             if (drawn := randoms[j]) is not None:
                 random = Random.at_step(drawn.place_keys[i], t, drawn.firsts[i])
             reference.step(
-                plans[j].rule,
-                plans[j].hyper,
+                plan.rule,
+                plan.hyper,
                 now,
                 parts.param,
                 parts.grad,
@@ -191,6 +197,8 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 stochastic=drawn is not None and drawn.stochastic,
             )
             parts.step.copy_(after)
+            if parts.carried is not None and carried_after is not None:
+                parts.carried.copy_(carried_after)
 
     def _ready_for_reference(
         self,
@@ -213,8 +221,8 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 if not self.state.get(p):
                     before[p] = dict.get(self.state, p)
                     init(j, i)
-                self._check(p, groups[j], plans[j].keys)
-                t = float(self.state[p]["step"] + 1)
+                self._check(p, groups[j], plans[j])
+                t = float(self.state[p][STEP] + 1)
                 if t not in decays:
                     decays[t] = self._ema_decay_at(t)
         except BaseException:
@@ -239,7 +247,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
     def _traced_step(self, grad_norm: Tensor | None) -> None:
         gathered: list[Any] = []
         for group in self.param_groups:
-            lists: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [])
+            lists: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [])
             self._init_group(group, *lists)
             if lists[0]:
                 gathered.append((group, self._full_plan(group), *lists))
@@ -254,7 +262,19 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 total = torch.ops.adamfused.gradient_norm(all_params, all_grads, largest)
             self._results["grad_norm"] = total.to(self._norm_dtype())
             factor = coefficient(total.double(), max_norm)
-        for group, plan, params, grads, states, counts, masters, scales, keys, firsts in gathered:
+        for (
+            group,
+            plan,
+            params,
+            grads,
+            states,
+            counts,
+            carried,
+            masters,
+            scales,
+            keys,
+            firsts,
+        ) in gathered:
             lr = group["lr"]
             on_device = isinstance(lr, Tensor)
             coded = any(scale is not None for scale in scales)
@@ -266,6 +286,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 [self._copies[p] for p in params] if self._copies else [],
                 masters,
                 [params[0].new_empty(0) if s is None else s for s in scales] if coded else [],
+                carried,
                 plan.rule,
                 plan.hyper,
                 0.0 if on_device else lr,
@@ -284,6 +305,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
         grads: list[Tensor],
         states: list[Tensor],
         counts: list[Tensor],
+        carried: list[Tensor],
         masters: list[Tensor],
         scales: list[Tensor | None],
         place_keys: list[int],
@@ -297,14 +319,16 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             if p.grad is None:
                 continue
             if len(self.state[p]) == 0:
-                self.state[p] = self._new_state(p, group, plan.keys)
+                self.state[p] = self._new_state(p, group, plan)
             if EMA in plan.keys and EMA not in self.state[p]:
                 self.state[p][EMA] = self._new_average(p, self.state[p].get(MASTER))
             state = self.state[p]
             params.append(p)
             grads.append(p.grad)
             states.extend(state[key] for key in plan.keys)
-            counts.append(state["step"])
+            counts.append(state[STEP])
+            if plan.carried is not None:
+                carried.append(state[plan.carried])
             if group.get("master_weights"):
                 masters.append(state[MASTER])
             scales.extend(state.get(scale_key(key)) for key in plan.keys)
@@ -316,7 +340,9 @@ class FusedOptimizer(States, Clipping, Checkpoints):
         self, native: Any, group: dict[str, Any], plan: Plan, random: Randomness | None
     ) -> tuple[Any, ...]:
         lr, decay = group["lr"], self._options.ema_decay
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu" and group["capturable"]
+        on_device = (
+            isinstance(lr, Tensor) and lr.device.type != "cpu" and group.get("capturable", False)
+        )
         return (
             backend.rule_number(native, plan.rule),
             plan.hyper,
@@ -329,6 +355,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             (MASTER, MASTERS[kind].itemsize) if (kind := group.get("master_weights")) else None,
             tuple(scale_key(key) for key in plan.keys),
             random,
+            plan.carried,
         )
 
     def _check_capture(self) -> None:
@@ -339,11 +366,11 @@ class FusedOptimizer(States, Clipping, Checkpoints):
 
     @torch.no_grad()
     def _judge(
-        self, p: Any, group: dict[str, Any], keys: Sequence[str], choice: str
+        self, p: Any, group: dict[str, Any], plan: Plan, choice: str
     ) -> list[Tensor | None] | None:
         """What to do with a parameter that the kernels did not take: an error, other tensors, or the reference."""
-        self._check(p, group, keys)
-        parts = self._parts(p, keys)
+        self._check(p, group, plan)
+        parts = self._parts(p, plan)
         reason = backend.why_not_native(parts.param.device)
         if reason is None and parts.param is not p:
             return parts.listed()

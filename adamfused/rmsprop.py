@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Plan, check_lr, check_not_negative, numbers
+from .base import check_lr, check_not_negative, numbers
 from .optimizer import FusedOptimizer
 from .options import Extras, with_extras
+from .plan import Plan
 
 
 @with_extras

@@ -66,13 +66,15 @@ class Now(NamedTuple):
     """What a step knows besides a rule's own numbers.
 
     ``t`` counts the parameter's own steps, this one too; ``factor`` is what unscaling and clipping multiply the
-    gradient by; ``ema_decay`` is that of the average of the weights.
+    gradient by; ``ema_decay`` is that of the average of the weights; ``carried`` is the number that some rules carry
+    from step to step (see :data:`CARRIED`).
     """
 
     lr: float
     t: float
     factor: float = 1.0
     ema_decay: float = 0.0
+    carried: float = 1.0
 
 
 class Weight(NamedTuple):
@@ -260,3 +262,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "amsgrad": AmsGrad,
 }
 """Every rule by its name; the names and their order are those of ``ADAMFUSED_RULES`` in ``csrc/rules.h``."""
+
+CARRIED: dict[str, Callable[[Sequence[float], float, float], float]] = {}
+"""Some rules carry a number from step to step that is the same for all elements and cannot be told from the count. It
+begins with 1 and lies beside the count; called with the rule's numbers, ``t`` and the one before, this is what it is
+in step ``t``."""

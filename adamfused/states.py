@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -12,12 +11,14 @@ from torch import Tensor
 
 from . import checks
 from .average import Averaging
-from .base import Plan
 from .formats import CODES, place_key
+from .plan import Plan
 from .shards import first_number, local, local_gradient
 from .storage import (
     EMA,
     MASTER,
+    STEP,
+    fill,
     new_master,
     new_scale,
     new_state,
@@ -51,12 +52,13 @@ class Parts(NamedTuple):
     copy: Tensor | None
     master: Tensor | None
     scales: list[Tensor | None]
+    carried: Tensor | None
     step: Tensor
 
     def listed(self) -> list[Tensor | None]:
         return [
             *(self.param, self.grad, *self.states),
-            *(self.copy, self.master, *self.scales, self.step),
+            *(self.copy, self.master, *self.scales, self.carried, self.step),
         ]
 
 
@@ -64,11 +66,12 @@ class States(Averaging):
     """Makes, gathers and checks."""
 
     @torch.no_grad()
-    def _new_state(
-        self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
-    ) -> dict[str, Tensor]:
-        device = p.device if group["capturable"] else torch.device("cpu")
-        state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    def _new_state(self, p: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Tensor]:
+        keys = plan.keys
+        device = p.device if group.get("capturable", False) else torch.device("cpu")
+        state = {STEP: torch.zeros((), dtype=torch.float32, device=device)}
+        if plan.carried is not None:
+            state[plan.carried] = torch.ones_like(state[STEP])
         for key in keys:
             if key == EMA:
                 state[key] = self._new_average(p)
@@ -77,29 +80,30 @@ class States(Averaging):
         if kind := group.get("master_weights"):
             state[MASTER] = new_master(p, kind)
         scales = {scale_key(key): new_scale(p) for key in keys if state[key].dtype in CODES}
+        for key in plan.keys:
+            if key != EMA and (number := self._begins_with(group, key)) != 0:
+                fill(p, state[key], scales.get(scale_key(key)), number, group.get("seed", 0))
         return state | scales
 
     def _full_plan(self, group: dict[str, Any]) -> Plan:
         plan = self._plan(group)
-        if self._options.ema_decay is None:
-            return plan
-        return plan._replace(keys=(*plan.keys, EMA))
+        keys = plan.keys if self._options.ema_decay is None else (*plan.keys, EMA)
+        return plan._replace(keys=keys, carried=self._carried)
 
-    def _parts(self, p: Any, keys: Sequence[str]) -> Parts:
+    def _parts(self, p: Any, plan: Plan) -> Parts:
         state = {key: local(value) for key, value in self.state[p].items()}
         return Parts(
             local(p),
             local_gradient(p),
-            [state[key] for key in keys],
+            [state[key] for key in plan.keys],
             local(self._copies[p]) if self._copies else None,
             state.get(MASTER),
-            [state.get(scale_key(key)) for key in keys],
-            state["step"],
+            [state.get(scale_key(key)) for key in plan.keys],
+            None if plan.carried is None else state[plan.carried],
+            state[STEP],
         )
 
-    def _check(
-        self, p: Any, group: dict[str, Any], keys: Sequence[str], only_tensors: bool = False
-    ) -> None:
+    def _check(self, p: Any, group: dict[str, Any], plan: Plan, only_tensors: bool = False) -> None:
         """Raises if a parameter cannot be stepped; with ``only_tensors``, looks at no state yet."""
         if not isinstance(p, Tensor):
             raise RuntimeError(f"{self._place(p)}: expected a tensor; got {type(p).__name__}")
@@ -108,8 +112,10 @@ class States(Averaging):
             problem = problem or self._format_problem(p, group)
         else:
             state = {key: local(value) for key, value in self.state[p].items()}
-            problem = checks.step_problem(local(p), local_gradient(p), state, keys, group)
-            problem = problem or self._format_problem(p, group, [state[key].dtype for key in keys])
+            problem = checks.step_problem(local(p), local_gradient(p), state, plan, group)
+            problem = problem or self._format_problem(
+                p, group, [state[key].dtype for key in plan.keys]
+            )
         if problem is None and self._copies:
             problem = checks.copy_problem(local(p), local(self._copies[p]))
             problem = problem and f"its copy_to: {problem}"

@@ -1,7 +1,8 @@
 """What is kept of a parameter, and in which formats: its states, its master weight, and from a checkpoint.
 
-The state of a parameter has "step", the rule's states, maybe "ema", maybe "master" and maybe a "KEY_scale" for each
-state that is kept in 8 bits, in this order. How the numbers lie in these tensors is told by `adamfused.formats`.
+The state of a parameter has "step", a number that the rule carries, if it does, the rule's states, maybe "ema", maybe
+"master" and maybe a "KEY_scale" for each state that is kept in 8 bits, in this order. How the numbers lie in these
+tensors is told by `adamfused.formats`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .shards import first_number, in_shards_of, local
 
 StateDtype = torch.dtype | str | None
 
+STEP = "step"
+"""The key of a state: the count of the steps that the parameter has made."""
 EMA = "ema"
 """The key of a state: the average of the weights."""
 MASTER = "master"
@@ -132,6 +135,17 @@ def new_state(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(param, dtype=dtype, memory_format=order, requires_grad=False)
 
 
+def fill(param: Tensor, state: Tensor, scale: Tensor | None, number: float, seed: int) -> None:
+    """Sets all numbers of a new state: of complex ones, both parts."""
+    if scale is None:
+        state.fill_(complex(number, number) if state.is_complex() else number)
+        return
+    here = local(state)
+    numbers = torch.full(here.shape, number, dtype=torch.float32, device=here.device)
+    random = Random.at_step(formats.place_key(seed, 0), 0.0, first_number(param) or 0)
+    formats.put(numbers, here, local(scale), random)
+
+
 def new_scale(param: Tensor) -> Tensor:
     """The scales of zeros, one a block."""
     here = local(param)
@@ -161,20 +175,24 @@ def converted(
     param: Tensor,
     saved: Mapping[str, Any],
     group: Mapping[str, Any],
+    counts: Sequence[str],
     known: Sequence[str],
     random: Random,
 ) -> dict[str, Any]:
     """The entry of a checkpoint in the formats of this parameter's group. What has its format keeps its bits.
 
     Args:
+        counts: the names of its numbers.
         known: every name of a state that the rule may have, in its order.
         random: that of the checkpoint's step, for codes.
     """
     entry = {
-        key: value.to(device=param.device) if isinstance(value, Tensor) and key != "step" else value
+        key: value.to(device=param.device)
+        if isinstance(value, Tensor) and key not in counts
+        else value
         for key, value in saved.items()
     }
-    result = {"step": entry["step"]}
+    result = {key: entry[key] for key in counts}
     scales: dict[str, Tensor] = {}
     wish = group.get("state_dtype")
     for slot, key in enumerate(known, start=2):
@@ -194,9 +212,11 @@ def converted(
     return result | scales
 
 
-def in_float32(param: Tensor, entry: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """The entry of a checkpoint with the step and these states only, codes of 8 bits as float32."""
-    result = {"step": entry["step"]} if "step" in entry else {}
+def in_float32(
+    param: Tensor, entry: Mapping[str, Any], counts: Sequence[str], known: Sequence[str]
+) -> dict[str, Any]:
+    """The entry of a checkpoint with these numbers and states only, codes of 8 bits as float32."""
+    result = {key: entry[key] for key in counts if key in entry}
     for key in known:
         if key in entry:
             value, scale = entry[key], entry.get(scale_key(key))

@@ -18,7 +18,7 @@ namespace {
 struct Found {
   size_t place;  // in its group
   Parts parts;
-  const at::Tensor* count;
+  const at::Tensor *count, *carried;
   bool usual;  // its state has no master that was not asked for
 };
 
@@ -37,9 +37,9 @@ class Gatherer {
   // The step is made: the states that `init` made stay.
   void keep() { fresh_.clear(); }
 
-  // copies: as many tensors as params, or nothing. master: a key, or None. scales: a key for each state.
+  // copies: as many tensors as params, or nothing. master, carried: a key, or None. scales: a key for each state.
   std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys, const py::list& copies,
-                            const py::object& master, const py::tuple& scales) {
+                            const py::object& master, const py::tuple& scales, const py::object& carried) {
     std::vector<Found> all;
     all.reserve(params.size());
     held_.reserve(held_.size() + params.size() * (kSlots + 1));
@@ -47,7 +47,7 @@ class Gatherer {
     const bool copied = copies.size() == params.size();
     for (size_t i = 0; i < params.size(); ++i) {  // the size is asked anew each time: init runs user code
       PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
-      Found found{i, {}, nullptr, true};
+      Found found{i, {}, nullptr, nullptr, true};
       if ((found.parts[kParam] = hold_tensor(object)) != nullptr) {
         const at::Tensor& grad = found.parts[kParam]->unsafeGetTensorImpl()->grad();
         if (!grad.defined()) continue;
@@ -69,10 +69,11 @@ class Gatherer {
             return checked(PyDict_GetItemWithError(entry, wanted));
           };
           found.count = hold_tensor(look_up(step_key_.ptr()));
+          if (!carried.is_none()) found.carried = hold_tensor(look_up(carried.ptr()));
           for (size_t k = 0; k < states; ++k)
             found.parts[kState + k] = hold_tensor(look_up(PyTuple_GET_ITEM(keys.ptr(), k)));
           if (copied) found.parts[kCopy] = hold_tensor(PyList_GET_ITEM(copies.ptr(), Py_ssize_t(i)));
-          Py_ssize_t expected = Py_ssize_t(1 + states + !master.is_none());
+          Py_ssize_t expected = Py_ssize_t(1 + states + !master.is_none() + !carried.is_none());
           if (!master.is_none()) found.parts[kMaster] = hold_tensor(look_up(master.ptr()));
           for (size_t k = 0; k < states; ++k) {
             const at::Tensor* state = found.parts[kState + k];
@@ -133,12 +134,12 @@ void take_ema_decay(const py::object& given, Group& group) {
 struct Row {
   py::tuple keys, scales;
   py::list params, copies;
-  py::object master;  // its key, or None
+  py::object master, carried;  // their keys, or None
   int64_t master_size = 0;
   std::vector<int64_t> place_keys, firsts;
 
   Row(const py::tuple& row, Group& group) {
-    TORCH_CHECK(row.size() == 11, "adamfused._C.step: a group has 11 entries, got ", row.size());
+    TORCH_CHECK(row.size() == 12, "adamfused._C.step: a group has 12 entries, got ", row.size());
     group.rule = row[0].cast<int>(), group.lr = row[2].cast<double>();
     group.lr_tensor = row[3].cast<c10::optional<at::Tensor>>();
     keys = row[4].cast<py::tuple>(), params = row[5].cast<py::list>(), copies = row[7].cast<py::list>();
@@ -151,9 +152,11 @@ struct Row {
     if (!row[10].is_none())
       std::tie(group.at_random, place_keys, firsts) =
           row[10].cast<std::tuple<bool, std::vector<int64_t>, std::vector<int64_t>>>();
+    carried = row[11];
     const auto hyper = row[1].cast<std::vector<double>>();
     TORCH_CHECK(group.rule >= 0 && group.rule < kRules && hyper.size() == group.facts().hyper_count &&
                     int(keys.size()) == group.facts().states && scales.size() == keys.size() &&
+                    carried.is_none() != group.facts().carries &&
                     (place_keys.empty() || (place_keys.size() == params.size() && firsts.size() == params.size())),
                 "adamfused._C.step: a group does not fit its rule");
     std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
@@ -166,10 +169,10 @@ struct Row {
 
 // groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, (key of the
 // master weights, bytes of one) or None, keys of the scales, None or (16 bits are rounded at random, keys of the
-// params, indices of their first elements)). For the i-th parameter of the j-th group, init(j, i) makes its state, and
-// judge(j, i) is asked where these kernels cannot move it: it raises, or gives [param, grad, *states, copy, master,
-// *scales, step], with None for what is not there, to move instead; or None to leave it to the caller. factor and
-// found_inf: as in Common. Returns what was left, [(j, i)].
+// params, indices of their first elements), key of what the rule carries or None). For the i-th parameter of the j-th
+// group, init(j, i) makes its state, and judge(j, i) is asked where these kernels cannot move it: it raises, or gives
+// [param, grad, *states, copy, master, *scales, carried, step], with None for what is not there, to move instead; or
+// None to leave it to the caller. factor and found_inf: as in Common. Returns what was left, [(j, i)].
 py::list step(const py::dict& state, const py::list& groups, const py::function& init, const py::function& judge,
               const c10::optional<at::Tensor>& factor, const c10::optional<at::Tensor>& found_inf) {
   py::list left;
@@ -183,7 +186,8 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     const size_t states = row.keys.size();
     const bool copied = row.copies.size() != 0, mastered = !row.master.is_none();
 
-    std::vector<Found> found_here = gatherer.gather(j, row.params, row.keys, row.copies, row.master, row.scales);
+    std::vector<Found> found_here =
+        gatherer.gather(j, row.params, row.keys, row.copies, row.master, row.scales, row.carried);
     work.expect(found_here.size());
     for (Found& found : found_here) {
       const Chance chance = row.chance(found.place);
@@ -191,20 +195,20 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
                    mastered == (found.parts[kMaster] != nullptr) &&
                    (!mastered || int64_t(found.parts[kMaster]->itemsize()) == row.master_size);
       for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
-      if (moves && work.add(group, found.parts, *found.count, chance)) continue;
+      if (moves && work.add(group, found.parts, *found.count, found.carried, chance)) continue;
       py::object verdict = judge(j, found.place);
       if (verdict.is_none()) {
         left.append(py::make_tuple(j, found.place));
         continue;
       }
       const auto& given = judged.emplace_back(verdict.cast<std::vector<c10::optional<at::Tensor>>>());
-      TORCH_CHECK(given.size() == kState + 2 * states + 3, "adamfused._C.step: judge gave the wrong number of tensors");
+      TORCH_CHECK(given.size() == kState + 2 * states + 4, "adamfused._C.step: judge gave the wrong number of tensors");
       auto tensor = [&given](size_t i) { return given[i] ? &*given[i] : nullptr; };
       for (size_t k = 0; k < kState + states; ++k) found.parts[k] = tensor(k);
       found.parts[kCopy] = tensor(kState + states), found.parts[kMaster] = tensor(kState + states + 1);
       for (size_t k = 0; k < states; ++k) found.parts[kScale + k] = tensor(kState + states + 2 + k);
-      TORCH_CHECK(work.add(group, found.parts, *given.back(), chance), "adamfused: parameter ", found.place,
-                  " of group ", j,
+      TORCH_CHECK(work.add(group, found.parts, *given.back(), tensor(given.size() - 2), chance),
+                  "adamfused: parameter ", found.place, " of group ", j,
                   " cannot be moved by the native kernels, and the check of its tensors found no reason");
     }
   }
@@ -265,8 +269,8 @@ int rule_named(c10::string_view name) {
 }
 
 void step_op(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList steps,
-             at::TensorList copies, at::TensorList masters, at::TensorList scales, c10::string_view rule,
-             at::ArrayRef<double> hyper, double lr, const c10::optional<at::Tensor>& lr_tensor,
+             at::TensorList copies, at::TensorList masters, at::TensorList scales, at::TensorList carried,
+             c10::string_view rule, at::ArrayRef<double> hyper, double lr, const c10::optional<at::Tensor>& lr_tensor,
              c10::optional<double> ema_decay, const c10::optional<at::Tensor>& factor, bool at_random,
              at::IntArrayRef place_keys, at::IntArrayRef firsts) {
   Group group;
@@ -285,6 +289,8 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
   none_or(copies.size(), n, "copies"), none_or(masters.size(), n, "masters");
   none_or(scales.size(), n * count, "scales"), none_or(place_keys.size(), n, "place_keys");
   none_or(firsts.size(), place_keys.size(), "firsts");
+  TORCH_CHECK(carried.size() == (facts.carries ? n : 0), "adamfused::step_: rule '", rule, "' carries ",
+              facts.carries ? "a number for each of the params" : "nothing", ", got ", carried.size(), " tensors");
   group.lr = lr, group.lr_tensor = lr_tensor;
   std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
   Step work({factor, c10::nullopt});
@@ -299,14 +305,15 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
     if (!copies.empty()) parts[kCopy] = &copies[i];
     if (!masters.empty()) parts[kMaster] = &masters[i];
     if (!place_keys.empty()) chance = {true, uint32_t(place_keys[i]), uint32_t(uint64_t(firsts[i]))};
-    TORCH_CHECK(work.add(group, parts, steps[i], chance), "adamfused::step_: parameter ", i,
+    TORCH_CHECK(work.add(group, parts, steps[i], carried.empty() ? nullptr : &carried[i], chance),
+                "adamfused::step_: parameter ", i,
                 " cannot be moved by the native kernels; an optimizer's step() outside of torch.compile says why");
   }
   work.run();
 }
 
 void step_fake(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList,
-               at::TensorList copies, at::TensorList masters, at::TensorList scales, c10::string_view,
+               at::TensorList copies, at::TensorList masters, at::TensorList scales, at::TensorList, c10::string_view,
                at::ArrayRef<double>, double, const c10::optional<at::Tensor>&, c10::optional<double>,
                const c10::optional<at::Tensor>&, bool, at::IntArrayRef, at::IntArrayRef) {
   for (at::TensorList list : {params, grads, states, copies, masters, scales})
@@ -346,7 +353,8 @@ py::list rules() {
 TORCH_LIBRARY(adamfused, m) {
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor(d!)[] copies, "
-      "Tensor(e!)[] masters, Tensor(f!)[] scales, str rule, float[] hyper, float lr, Tensor? lr_tensor=None, "
+      "Tensor(e!)[] masters, Tensor(f!)[] scales, Tensor(g!)[] carried, str rule, float[] hyper, float lr, Tensor? "
+      "lr_tensor=None, "
       "float? ema_decay=None, Tensor? factor=None, bool at_random=False, int[] place_keys=[], int[] firsts=[]) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def("gradient_norm(Tensor[] params, Tensor[] grads, bool largest) -> Tensor", {at::Tag::pt2_compliant_tag});

@@ -45,13 +45,14 @@ struct Span {
   int32_t recipe;  // index into Job::recipes where the rule is made on the device, else into Job::rules
   int64_t numel;   // real numbers; a complex element counts as two
   float* step;     // where the step count lies on the device, or null
+  float* carried;  // likewise the number that the rule carries, if it does
 };
 
 // What a rule is made from on the device, where step, lr and the gradient's factor may be known only there.
 struct Recipe {
   double hyper[kMaxHyper];
-  double lr, t, ema_decay;   // t where the step count is on the host
-  const void* lr_on_device;  // null: `lr` holds
+  double lr, t, ema_decay, carried;  // t and carried where the step count is on the host
+  const void* lr_on_device;          // null: `lr` holds
   bool lr_is_double;
 };
 

@@ -40,6 +40,15 @@ struct Now {
   double lr, t;      // t counts the parameter's own steps, this one too
   double factor;     // what unscaling and clipping multiply the gradient by
   double ema_decay;  // of the average of the weights
+  double carried = 1.0;
+};
+
+// Some rules carry a number from step to step that is the same for all elements and cannot be told from the count. It
+// begins with 1 and lies beside the count; after(hyper, t, before) is what it is in step t.
+template <class Hyper>
+struct Carried {
+  static constexpr bool any = false;
+  ADAMFUSED_HD static double after(const Hyper&, double, double before) { return before; }
 };
 
 // The weight of the new value in a running average with decay rate beta. Rounding 1 - beta keeps the small number
@@ -254,6 +263,11 @@ struct Averaged : Rule<T> {
     return ema.c != T(0) ? average(e, p, ema) : ema.far ? p : e;
   }
   template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& e) const {
+    Rule<T>::operator()(p, g);
+    e = averaged(e, p);
+  }
+  template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& e) const {
     Rule<T>::operator()(p, g, a);
     e = averaged(e, p);
@@ -270,10 +284,16 @@ struct Averaged : Rule<T> {
   }
 };
 
+// Of arrays with an entry for each state: no array has none.
+template <class Rule>
+constexpr int kRoom = Rule::states > 0 ? Rule::states : 1;
+
 // The j-th of numbers through a rule; s[k] are its k-th states.
-template <class Rule, class N, int S, int E>
-ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[S][E], int j) {
-  static_assert(Rule::states == S, "");
+template <class Rule, class N, int Room, int E>
+ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room][E], int j) {
+  constexpr int S = Rule::states;
+  static_assert(Room == kRoom<Rule>, "");
+  if constexpr (S == 0) rule(p[j], g[j]);
   if constexpr (S == 1) rule(p[j], g[j], s[0][j]);
   if constexpr (S == 2) rule(p[j], g[j], s[0][j], s[1][j]);
   if constexpr (S == 3) rule(p[j], g[j], s[0][j], s[1][j], s[2][j]);

@@ -11,8 +11,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <string>
-#include <unordered_map>
 
 #include "cpu/isa.h"
 #include "cuda/step.h"
@@ -40,14 +40,26 @@ struct RuleFacts {
   size_t hyper_count;
   size_t size[2];                                                       // of Rule<float>, Rule<double>
   void (*prepare[2])(const double* hyper, const Now& now, void* rule);  // likewise
+  bool carries;
+  double (*carry)(const double* hyper, double t, double before);
 };
+
+template <class Hyper>
+Hyper hyper_of(const double* numbers) {
+  Hyper hyper;
+  std::memcpy(&hyper, numbers, sizeof hyper);
+  return hyper;
+}
 
 template <class Rule>
 void prepare(const double* numbers, const Now& now, void* rule) {
-  typename Rule::Hyper hyper;
-  std::memcpy(&hyper, numbers, sizeof hyper);
-  Rule made = Rule::prepare(hyper, now);
+  Rule made = Rule::prepare(hyper_of<typename Rule::Hyper>(numbers), now);
   std::memcpy(rule, &made, sizeof made);
+}
+
+template <class Hyper>
+double carry(const double* numbers, double t, double before) {
+  return Carried<Hyper>::after(hyper_of<Hyper>(numbers), t, before);
 }
 
 template <class OfFloat, class OfDouble>
@@ -57,7 +69,9 @@ constexpr RuleFacts facts_of(const char* name) {
           OfFloat::never_negative,
           sizeof(typename OfFloat::Hyper) / sizeof(double),
           {sizeof(OfFloat), sizeof(OfDouble)},
-          {prepare<OfFloat>, prepare<OfDouble>}};
+          {prepare<OfFloat>, prepare<OfDouble>},
+          Carried<typename OfFloat::Hyper>::any,
+          carry<typename OfFloat::Hyper>};
 }
 
 #define ADAMFUSED_ROW(R, name) \
@@ -134,8 +148,8 @@ class Step {
 
   // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
   __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step,
-                                    const Chance& chance) {
-    Seen seen[kSlots], counter;
+                                    const at::Tensor* carried, const Chance& chance) {
+    Seen seen[kSlots], counter, beside;
     const Seen& param = seen[kParam];
     const at::Tensor& p = *parts[kParam];
     if (!look(p, true, seen[kParam]) || !param.has_format) return false;
@@ -192,10 +206,25 @@ class Step {
 
     if (!look(step, true, counter) || counter.numel != 1) return false;
     const bool on_device = !counter.device.is_cpu();
-    Count counted{const_cast<char*>(counter.extent.begin), counter.type, 0, 0};
+    Count counted{const_cast<char*>(counter.extent.begin), counter.type, 0, 0}, carries{nullptr, at::kFloat, 0, 0};
+    const bool has_carried = group.facts().carries;
+    if (has_carried) {
+      if (carried == nullptr || !look(*carried, true, beside) || beside.numel != 1 || beside.device != counter.device)
+        return false;
+      carries.data = const_cast<char*>(beside.extent.begin), carries.type = beside.type;
+      if (on_device ? carries.type != at::kFloat : carries.type == at::kLong || !carries.read(1.0)) return false;
+    }
     if (on_device ? counter.device != device || counted.type != at::kFloat : !counted.advance()) return false;
     if (!on_device) counted_.push_back(counted);
     bumped_.push_back(counter.impl);
+    if (has_carried) {
+      if (!on_device) {
+        DefaultArithmetic here;
+        carries.become(group.facts().carry(group.hyper.data(), counted.after, carries.before));
+        counted_.push_back(carries);
+      }
+      bumped_.push_back(beside.impl);
+    }
     for (int i = 0; i < count; ++i)
       if (slots[i] != kGrad) bumped_.push_back(seen[slots[i]].impl);
 
@@ -207,7 +236,8 @@ class Step {
     for (int i = 0; i < shaped && slots[i] < kParts; ++i) span.format[slots[i]] = seen[slots[i]].format;
     span.numel = param.numel * (is_complex ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
-    span.recipe = bucket.recipe_for(group, on_device ? Bucket::kCountOnDevice : counted.after, kept_);
+    span.carried = static_cast<float*>(carries.data);
+    span.recipe = bucket.recipe_for(group, on_device ? Bucket::kCountOnDevice : counted.after, carries.after, kept_);
     span.key = chance.key, span.first = chance.first, span.t = uint32_t(uint64_t(counted.after));
 
     bool alone = !in_place[kParam];
@@ -259,36 +289,37 @@ class Step {
     std::vector<char> rules;
     std::vector<Recipe> recipes;
     const Group* last_group = nullptr;  // the group that the three below speak of
-    double last_t = -2;
+    double last_t = -2, last_carried = 0;
     int32_t last_recipe = 0;
-    std::unordered_map<double, int32_t> recipe_of_t;
+    std::map<std::pair<double, double>, int32_t> recipe_of;
 
-    // The place in `rules` or `recipes` of what moves a parameter of the group whose step count is t.
-    int32_t recipe_for(const Group& group, double t, std::vector<at::Tensor>& kept) {
-      if (last_group != &group) last_group = &group, last_t = -2, recipe_of_t.clear();
-      if (t == last_t) return last_recipe;
+    // The place in `rules` or `recipes` of what moves a parameter of the group whose step count is t, with what is
+    // carried beside it.
+    int32_t recipe_for(const Group& group, double t, double carried, std::vector<at::Tensor>& kept) {
+      if (last_group != &group) last_group = &group, last_t = -2, recipe_of.clear();
+      if (t == last_t && carried == last_carried) return last_recipe;
       const bool there = t == kCountOnDevice || factor.defined();
       const size_t size = group.facts().size[in_double], next = there ? recipes.size() : rules.size() / size;
-      auto [found, is_new] = recipe_of_t.try_emplace(t, int32_t(next));
+      auto [found, is_new] = recipe_of.try_emplace({t, carried}, int32_t(next));
       if (is_new) {
         const double ema_decay = group.ema_decay_at ? group.ema_decay_at(t) : group.ema_decay;
-        there ? add_recipe(group, t, ema_decay, kept) : add_rule(group, t, ema_decay);
+        there ? add_recipe(group, t, ema_decay, carried, kept) : add_rule(group, t, ema_decay, carried);
       }
-      last_t = t;
+      last_t = t, last_carried = carried;
       return last_recipe = found->second;
     }
-    void add_rule(const Group& group, double t, double ema_decay) {
+    void add_rule(const Group& group, double t, double ema_decay, double carried) {
       const double lr = group.lr_tensor ? group.lr_tensor->item<double>() : group.lr;
       const size_t size = group.facts().size[in_double];
       rules.resize(rules.size() + size);
       DefaultArithmetic here;
-      group.facts().prepare[in_double](group.hyper.data(), {lr, t, factor_on_host, ema_decay},
+      group.facts().prepare[in_double](group.hyper.data(), {lr, t, factor_on_host, ema_decay, carried},
                                        rules.data() + rules.size() - size);
     }
-    void add_recipe(const Group& group, double t, double ema_decay, std::vector<at::Tensor>& kept) {
+    void add_recipe(const Group& group, double t, double ema_decay, double carried, std::vector<at::Tensor>& kept) {
       Recipe made{};
       std::copy(group.hyper.begin(), group.hyper.end(), made.hyper);
-      made.lr = group.lr, made.t = t, made.ema_decay = ema_decay;
+      made.lr = group.lr, made.t = t, made.ema_decay = ema_decay, made.carried = carried;
       if (group.lr_tensor) {
         bool is_double = group.lr_tensor->scalar_type() == at::kDouble;
         kept.push_back(group.lr_tensor->to(device, is_double ? at::kDouble : at::kFloat, /*non_blocking=*/true));
@@ -313,7 +344,7 @@ class Step {
           known.in_double == in_double)
         return b;
     }
-    Bucket made{device, group.rule, group.averaged, in_double, {}, {}, 1.0, {}, {}, {}, nullptr, -2, 0, {}};
+    Bucket made{device, group.rule, group.averaged, in_double, {}, {}, 1.0, {}, {}, {}, nullptr, -2, 0, 0, {}};
     if (device.is_cpu()) {
       TORCH_CHECK(!common_.found_inf, "adamfused: found_inf is read by the caller for parameters on a CPU");
       if (common_.factor) made.factor_on_host = common_.factor->item<double>();

@@ -179,14 +179,15 @@ bool share_memory(const std::vector<Span>& spans) {
   return false;
 }
 
-// A step count on the host. It is advanced when it is read, so that one that several parameters share counts each of
-// them, as in torch; and put back if the step is refused.
+// A step count on the host, or what is carried beside it. It is advanced when it is read, so that one that several
+// parameters share counts each of them, as in torch; and put back if the step is refused.
 struct Count {
   void* data;
   at::ScalarType type;
   double before, after;
 
-  bool advance() {
+  // Whether it is a number from 0 to `most`.
+  bool read(double most) {
     switch (type) {
       case at::kFloat:
         before = *static_cast<const float*>(data);
@@ -200,11 +201,16 @@ struct Count {
       default:
         return false;
     }
-    if (!(before >= 0 && before < 0x1p53)) return false;  // NaN, too
-    after = before + 1;
-    if (type == at::kFloat) after = float(after);  // at 2^24 a float32 count stands still, as in torch
-    write(after);
+    return before >= 0 && before <= most;  // not so for NaN
+  }
+  bool advance() {
+    if (!read(0x1p53 - 1)) return false;
+    become(before + 1);
     return true;
+  }
+  void become(double count) {
+    after = type == at::kFloat ? float(count) : count;  // at 2^24 a float32 count stands still, as in torch
+    write(after);
   }
   void write(double count) const {
     switch (type) {

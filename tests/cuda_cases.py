@@ -274,7 +274,7 @@ class Case:
     def recipe(self, group: int, t: float, base: int) -> Recipe:
         hyper, lr, dtype, ema_decay = self.groups[group]
         rate = self.rates[group]
-        recipe = Recipe(lr=1e30 if rate else lr, t=t, ema_decay=ema_decay)
+        recipe = Recipe(lr=1e30 if rate else lr, t=t, ema_decay=ema_decay, carried=1.0)
         recipe.hyper[: len(hyper)] = hyper
         recipe.lr_on_device = base + rate.begin if rate else None
         recipe.lr_is_double = dtype is torch.float64

@@ -71,6 +71,7 @@ class Span(ctypes.Structure):
         ("recipe", c_int32),
         ("numel", c_int64),
         ("step", c_void_p),
+        ("carried", c_void_p),
     ]
 
 
@@ -80,6 +81,7 @@ class Recipe(ctypes.Structure):
         ("lr", c_double),
         ("t", c_double),
         ("ema_decay", c_double),
+        ("carried", c_double),
         ("lr_on_device", c_void_p),
         ("lr_is_double", c_bool),
     ]
@@ -251,7 +253,7 @@ class Kernels(Library):
         self, rule: Rule, in_double: bool, hyper: Sequence[float], now: rules.Now, to: Any
     ) -> list[int]:
         facts, number = (c_int64 * 5)(), rule.number
-        numbers = (c_double * 8)(*hyper), (c_double * 4)(*now)
+        numbers = (c_double * 8)(*hyper), (c_double * 5)(*now)
         self.c.host_rule(number, rule.averaged, in_double, facts, *numbers, to)
         return list(facts)
 

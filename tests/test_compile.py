@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import adamfused
+from adamfused import rules
 
 pytestmark = pytest.mark.native
 
@@ -99,6 +100,7 @@ def operator_arguments(rule: str, states: int, hyper: list[float], copies: bool 
         [torch.empty_like(p, dtype=torch.bfloat16) for p in params] if copies else [],
         [],  # masters
         [],  # scales
+        [torch.ones(()) for _ in params] if rule in rules.CARRIED else [],
         rule,
         hyper,
         0.1,
@@ -137,7 +139,7 @@ def test_opcheck_of_the_whole_step() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "sgd"}, "adamfused::step_: no rule is called 'sgd'"),
+        ({"rule": "adm"}, "adamfused::step_: no rule is called 'adm'"),
         ({"hyper": [0.9]}, "adamfused::step_: rule 'adam' takes 7 hyper-parameters, got 1"),
         (
             {"grads": []},
@@ -146,6 +148,10 @@ def test_opcheck_of_the_whole_step() -> None:
         (
             {"copies": [torch.zeros(5)]},
             "adamfused::step_: expected no copies or 2, got 1",
+        ),
+        (
+            {"carried": [torch.ones(())]},
+            "adamfused::step_: rule 'adam' carries nothing, got 1 tensors",
         ),
     ],
 )
@@ -158,6 +164,7 @@ def test_operator_refuses_wrong_lists(change: dict, message: str) -> None:
         "copies",
         "masters",
         "scales",
+        "carried",
         "rule",
         "hyper",
         "lr",

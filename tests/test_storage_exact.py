@@ -372,7 +372,7 @@ def test_a_shard_wherever_it_begins(first) -> None:
         with kernel(isa, n_threads):
             for _ in range(2):
                 torch.ops.adamfused.step_(
-                    [p], [grad], states, [count], [], [], scales, "adam", hyper, 0.1,
+                    [p], [grad], states, [count], [], [], scales, [], "adam", hyper, 0.1,
                     at_random=True, place_keys=[key], firsts=[first],
                 )  # fmt: skip
         for x, y in zip((p, *states, *scales), by_reference(first), strict=True):
@@ -390,6 +390,7 @@ def test_the_registered_operator_is_sound_with_masters_and_codes(coded) -> None:
     arguments = {
         "masters": [torch.zeros_like(p, dtype=torch.int16) for p in ps],
         "scales": [torch.zeros(formats.scales_shape(s.shape)) for s in states] if coded else [],
+        "carried": [],
         "at_random": True,
         "place_keys": [1, 2],
         "firsts": [0, 0],

@@ -9,11 +9,11 @@ namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
 // What is worked on, as T.
-template <class T, int S>
+template <class T, class Rule>
 struct Parts {
   T* p;
   const T* g;
-  T* s[S];
+  T* s[kRoom<Rule>];
 };
 
 template <class T>
@@ -32,9 +32,9 @@ void store(Vector<T> x, T* to) {
 // of a page, and some first-level caches cannot hold such lines side by side (AMD's tell ways apart by a few bits of
 // the address); going back and forth between halves of lines would fetch each one twice.
 template <class T, class Rule>
-inline void move_line(const Rule& rule, const Parts<T, Rule::states>& at, int64_t i) {
+inline void move_line(const Rule& rule, const Parts<T, Rule>& at, int64_t i) {
   constexpr int vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
-  Vector<T> p[vectors], g[vectors], s[Rule::states][vectors];
+  Vector<T> p[vectors], g[vectors], s[kRoom<Rule>][vectors];
   for (int j = 0; j < vectors; ++j) g[j] = load(at.g + i + j * lanes);
   for (int j = 0; j < vectors; ++j) p[j] = load(at.p + i + j * lanes);
   for (int k = 0; k < Rule::states; ++k)
@@ -46,7 +46,7 @@ inline void move_line(const Rule& rule, const Parts<T, Rule::states>& at, int64_
 }
 
 template <class T, class Rule>
-void move_lines(const Rule rule, const Parts<T, Rule::states> at, int64_t n) {
+void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n) {
   constexpr int line = 64 / sizeof(T);
   int64_t i = 0;
   for (; i + line <= n; i += line) {
@@ -56,10 +56,10 @@ void move_lines(const Rule rule, const Parts<T, Rule::states> at, int64_t n) {
   }
   const size_t left = size_t(n - i);
   if (left == 0) return;
-  T p[line] = {}, g[line] = {}, s[Rule::states][line] = {};
+  T p[line] = {}, g[line] = {}, s[kRoom<Rule>][line] = {};
   __builtin_memcpy(p, at.p + i, left * sizeof(T));
   __builtin_memcpy(g, at.g + i, left * sizeof(T));
-  Parts<T, Rule::states> rest{p, g, {}};
+  Parts<T, Rule> rest{p, g, {}};
   for (int k = 0; k < Rule::states; ++k) {
     __builtin_memcpy(s[k], at.s[k] + i, left * sizeof(T));
     rest.s[k] = s[k];
@@ -102,18 +102,18 @@ struct Places {
 // written cannot be thought to change it.
 template <class P, class G, class S, bool usual, class Rule>
 int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begin, int64_t end) {
-  constexpr int states = Rule::states;
+  constexpr int states = Rule::states, room = kRoom<Rule>;
   constexpr bool coded = same<S, Codes>;
   if constexpr (usual) rule.take_as_usual();
   const Place* const place = all.part;
-  alignas(64) float kept[states][kBlock];
+  alignas(64) float kept[room][kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int n = int(end - at < kBlock ? end - at : kBlock);
     const auto* g_rest = place[kGrad].rest<G>(at);
     auto* p_rest = place[kParam].rest<P>(at);
     auto* p_beside = place[kParam].below<P>(at);
     Words words = place[kParam].words(at);
-    float scale[states] = {};
+    float scale[room] = {};
     bool finite = true;
     if constexpr (coded)
       for_each<0, states>([&](auto index) {
@@ -122,9 +122,9 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
         finite &= all_finite<FormatOf<S, Rule, k>>(place[kState + k].rest<FormatOf<S, Rule, k>>(at), n);
       });
     if (!finite) return at;
-    Word top[states] = {};
+    Word top[room] = {};
     for (int i = 0; i < n; i += kLine) {
-      Float p[kVectors], g[kVectors], s[states][kVectors];
+      Float p[kVectors], g[kVectors], s[room][kVectors];
       ask_for(g_rest + i), ask_for(p_rest + i);
       if constexpr (is_joined<P>) ask_for(p_beside + i);
       load_line<G>(g_rest + i, nullptr, 0, g);
@@ -150,7 +150,7 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
       store_line<P>(p, words, p_rest + i, is_joined<P> ? p_beside + i : nullptr);
     }
     if constexpr (coded) {
-      Scaling scaling[states];
+      Scaling scaling[room];
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         scaling[k] = scaling_of<FormatOf<S, Rule, k>>(kept[k], n, top[k]);
@@ -184,7 +184,7 @@ MoveAs<Rule> with_states(const FormatId* state, bool usual) {
     if (floats && usual) return move_as<P, G, F32, true, Rule>;
   if constexpr (rare && !Rule::averages)
     if (floats && !usual) return move_as<P, G, F32, false, Rule>;
-  if constexpr (bytes_too && !Rule::averages) {
+  if constexpr (bytes_too && !Rule::averages && Rule::states > 0) {
     if (bf16 && usual) return move_as<P, G, BF16, true, Rule>;
     if (codes && usual) return move_as<P, G, Codes, true, Rule>;
   }
@@ -232,7 +232,7 @@ void run(const Job& job, int64_t begin, int64_t end) {
     bool converted = span.data[kCopy] != nullptr;
     for (int i = 0; i < parts; ++i) converted |= span.format[i] != as_is<T>;
     auto move_some = [&](int64_t n) {
-      Parts<T, Rule::states> all{at[kParam], at[kGrad], {}};
+      Parts<T, Rule> all{at[kParam], at[kGrad], {}};
       for (int k = 0; k < Rule::states; ++k) all.s[k] = at[kState + k];
       move_lines(rule, all, n);
     };

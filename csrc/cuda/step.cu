@@ -103,6 +103,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
     }
     entry.numel = span.numel;
     entry.step = span.step;
+    if constexpr (Carried<typename Rule::Hyper>::any) entry.carried = span.carried;
     entry.recipe = slot;
     entry.aligned = span.aligned;
     advance |= span.step != nullptr;

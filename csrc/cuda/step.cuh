@@ -22,19 +22,27 @@ constexpr int kTable = 8;
 #endif
 
 // What an entry has besides for formats that are not plain.
-template <bool stored, int states>
+template <class Rule, bool stored>
 struct Besides {};
-template <int states>
-struct Besides<true, states> {
+template <class Rule>
+struct Besides<Rule, true> {
   void* master;
-  float* scale[states];
+  float* scale[kRoom<Rule>];
   Source random;  // its t where the step count is on the host
+};
+
+// What an entry has besides for rules that carry a number.
+template <bool any>
+struct Carrying {};
+template <>
+struct Carrying<true> {
+  float* carried;
 };
 
 template <class Rule, bool stored>
 struct Arguments {
   static constexpr int parts = kState + Rule::states;
-  struct Entry : Besides<stored, Rule::states> {
+  struct Entry : Besides<Rule, stored>, Carrying<Carried<typename Rule::Hyper>::any> {
     void* data[parts + 1];  // the copy last
     int64_t numel;
     float* step;
@@ -59,7 +67,7 @@ struct Arguments {
 // E numbers of all parts: parameter, gradient, states.
 template <class Rule, class T, int E>
 struct Elements {
-  T p[E], g[E], s[Rule::states][E];
+  T p[E], g[E], s[kRoom<Rule>][E];
 
   __device__ __forceinline__ T (&part(int k)) [E] {
     return k == kParam ? p : k == kGrad ? g : s[k - kState];
@@ -69,16 +77,25 @@ struct Elements {
   }
 };
 
-template <class Rule>
-__device__ Rule prepare_on_device(const Recipe& recipe, const float* step, const double* factor) {
-  typename Rule::Hyper hyper;
+template <class Hyper>
+__device__ Hyper hyper_of(const Recipe& recipe) {
+  Hyper hyper;
   __builtin_memcpy(&hyper, recipe.hyper, sizeof hyper);
+  return hyper;
+}
+
+template <class Rule, class Entry>
+__device__ Rule prepare_on_device(const Recipe& recipe, const Entry& entry, const double* factor) {
+  using Hyper = typename Rule::Hyper;
   double lr = recipe.lr;
   if (recipe.lr_on_device != nullptr)
     lr = recipe.lr_is_double ? *static_cast<const double*>(recipe.lr_on_device)
                              : double(*static_cast<const float*>(recipe.lr_on_device));
-  const double t = step != nullptr ? double(*step) : recipe.t;
-  return Rule::prepare(hyper, {lr, t, factor != nullptr ? *factor : 1.0, recipe.ema_decay});
+  const double t = entry.step != nullptr ? double(*entry.step) : recipe.t;
+  double carried = recipe.carried;
+  if constexpr (Carried<Hyper>::any)
+    if (entry.step != nullptr) carried = double(*entry.carried);
+  return Rule::prepare(hyper_of<Hyper>(recipe), {lr, t, factor != nullptr ? *factor : 1.0, recipe.ema_decay, carried});
 }
 
 // A gradient that was scaled up overflowed: the step is not made.
@@ -87,11 +104,18 @@ __device__ bool overflowed(const Arguments& job) {
   return job.found_inf != nullptr && *job.found_inf != 0.0f;
 }
 
-// Before the step: the counts that lie on the device move on by one.
+// Before the step: the counts that lie on the device move on by one, and what is carried beside them moves with them.
 template <class Rule, bool stored>
 __global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
   int s = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (s < job.count && job.entry[s].step != nullptr && !overflowed(job)) *job.entry[s].step += 1.0f;
+  if (s >= job.count || job.entry[s].step == nullptr || overflowed(job)) return;
+  const auto& entry = job.entry[s];
+  *entry.step += 1.0f;
+  using With = Carried<typename Rule::Hyper>;
+  if constexpr (With::any) {
+    const auto hyper = hyper_of<typename Rule::Hyper>(job.ready[entry.recipe].recipe);
+    *entry.carried = float(With::after(hyper, double(*entry.step), double(*entry.carried)));
+  }
 }
 
 // To fit two blocks into a multiprocessor where a few registers are missing, the compiler would spill; one is enough.
@@ -114,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant
     const bool made_here = entry.step != nullptr || job.factor != nullptr;
     if (made_here) {
       __syncthreads();  // the tile before may still read `made`
-      if (threadIdx.x == 0) made = prepare_on_device<Rule>(job.ready[entry.recipe].recipe, entry.step, job.factor);
+      if (threadIdx.x == 0) made = prepare_on_device<Rule>(job.ready[entry.recipe].recipe, entry, job.factor);
       __syncthreads();
     }
     const Rule rule = made_here ? made : job.ready[entry.recipe].rule;

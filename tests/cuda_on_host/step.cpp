@@ -67,9 +67,9 @@ void host_facts(int64_t* fact) {
   };
   put({sizeof(Span), offsetof(Span, data), offsetof(Span, format), offsetof(Span, aligned)});
   put({offsetof(Span, key), offsetof(Span, t), offsetof(Span, first)});
-  put({offsetof(Span, recipe), offsetof(Span, numel), offsetof(Span, step)});
+  put({offsetof(Span, recipe), offsetof(Span, numel), offsetof(Span, step), offsetof(Span, carried)});
   put({sizeof(Recipe), offsetof(Recipe, hyper), offsetof(Recipe, lr), offsetof(Recipe, t)});
-  put({offsetof(Recipe, ema_decay), offsetof(Recipe, lr_on_device), offsetof(Recipe, lr_is_double)});
+  put({offsetof(Recipe, ema_decay), offsetof(Recipe, carried), offsetof(Recipe, lr_on_device), offsetof(Recipe, lr_is_double)});
   put({sizeof(Job), offsetof(Job, rule), offsetof(Job, averaged), offsetof(Job, in_double), offsetof(Job, spans)});
   put({offsetof(Job, count), offsetof(Job, rules), offsetof(Job, recipes), offsetof(Job, factor)});
   put({offsetof(Job, found_inf), offsetof(Job, first_tile)});
