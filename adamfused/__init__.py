@@ -9,12 +9,14 @@ from .backward import step_in_backward
 from .clip import grad_norm
 from .master import fp32_weights, load_fp32_weights
 from .rmsprop import RMSprop
+from .sgd import SGD
 
 __version__ = "0.1.0"
 __all__ = [
     "Adam",
     "AdamW",
     "RMSprop",
+    "SGD",
     "fp32_weights",
     "grad_norm",
     "load_fp32_weights",

@@ -122,6 +122,38 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((b > a) | (b != b), b, a)
 
 
+class SGD:
+    """Stochastic gradient descent: Robbins & Monro 1951, as torch.optim has it."""
+
+    states: ClassVar[int] = 0
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        weight_decay, momentum, dampening, nesterov, maximize = hyper
+        first = now.t == 1
+        self.factor = gradient_factor(now, maximize, r)
+        self.l2 = r(weight_decay)
+        self.lr = r(now.lr)
+        self.mu, self.ahead = weight(0.0 if first else momentum, r), weight(momentum, r)
+        self.taken = r(1.0 if first else 1.0 - dampening)
+        self.nesterov = bool(nesterov)
+
+    def __call__(self, p: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return (p - self.lr * directed(p, g, self.factor, self.l2),)
+
+
+class SGDMomentum(SGD):
+    """With momentum (Polyak 1964), or Nesterov's (Sutskever et al. 2013). The first gradient is the first sum, not
+    dampened."""
+
+    states = 1
+
+    def __call__(self, p: Tensor, g: Tensor, buf: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        g = directed(p, g, self.factor, self.l2)
+        buf = decayed_sum(buf, self.taken * g, self.mu)
+        p = p - self.lr * (decayed_sum(buf, g, self.ahead) if self.nesterov else buf)
+        return p, buf
+
+
 class RMSprop:
     """RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim."""
 
@@ -254,6 +286,8 @@ class Averaged:
 
 
 RULES: dict[str, Callable[..., Any]] = {
+    "sgd": SGD,
+    "sgd_momentum": SGDMomentum,
     "rmsprop": RMSprop,
     "rmsprop_momentum": RMSpropMomentum,
     "rmsprop_centered": RMSpropCentered,

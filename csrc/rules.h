@@ -97,6 +97,54 @@ ADAMFUSED_HD N larger(N a, N b) {
   return ((b > a) | (b != b)) ? b : a;
 }
 
+// Stochastic gradient descent: Robbins & Monro 1951, as torch.optim has it.
+struct SGDHyper {
+  double weight_decay, momentum, dampening, nesterov, maximize;
+};
+
+template <class T>
+struct SGD {
+  using Hyper = SGDHyper;
+  static constexpr int states = 0;
+  static constexpr uint32_t never_negative = 0;
+  static constexpr bool averages = false;
+  T factor, l2, lr;
+
+  ADAMFUSED_HD static SGD prepare(const Hyper& h, const Now& now) {
+    return {gradient_factor<T>(now, h.maximize), T(h.weight_decay), T(now.lr)};
+  }
+  ADAMFUSED_HD bool is_usual() const { return true; }
+  ADAMFUSED_HD void take_as_usual() {}
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g) const {
+    p = p - lr * directed(p, g, factor, l2);
+  }
+};
+
+// With momentum (Polyak 1964), or Nesterov's (Sutskever et al. 2013). The first gradient is the first sum, not
+// dampened.
+template <class T>
+struct SGDMomentum : SGD<T> {
+  static constexpr int states = 1;
+  Weight<T> mu, ahead;
+  T taken;
+  bool nesterov;
+
+  ADAMFUSED_HD static SGDMomentum prepare(const SGDHyper& h, const Now& now) {
+    const bool first = now.t == 1;
+    return {SGD<T>::prepare(h, now), weight<T>(first ? 0.0 : h.momentum), weight<T>(h.momentum),
+            T(first ? 1.0 : 1.0 - h.dampening), h.nesterov != 0};
+  }
+  ADAMFUSED_HD bool is_usual() const { return !mu.far && !ahead.far; }
+  ADAMFUSED_HD void take_as_usual() { mu.far = ahead.far = false; }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& buf) const {
+    g = directed(p, g, this->factor, this->l2);
+    buf = decayed_sum(buf, taken * g, mu);
+    p = p - this->lr * (nesterov ? decayed_sum(buf, g, ahead) : buf);
+  }
+};
+
 // RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim.
 struct RMSpropHyper {
   double alpha, eps, weight_decay, momentum, maximize;
@@ -305,6 +353,8 @@ ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room
 
 // Every rule, and the name that Python knows it by.
 #define ADAMFUSED_RULES(RULE)                                \
+  RULE(SGD, "sgd")                                           \
+  RULE(SGDMomentum, "sgd_momentum")                          \
   RULE(RMSprop, "rmsprop")                                   \
   RULE(RMSpropMomentum, "rmsprop_momentum")                  \
   RULE(RMSpropCentered, "rmsprop_centered")                  \
