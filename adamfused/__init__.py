@@ -4,6 +4,7 @@ oracle, at the memory bandwidth."""
 import importlib
 from typing import Any
 
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .backward import step_in_backward
 from .clip import grad_norm
@@ -13,6 +14,7 @@ from .sgd import SGD
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adagrad",
     "Adam",
     "AdamW",
     "RMSprop",

@@ -154,6 +154,25 @@ class SGDMomentum(SGD):
         return p, buf
 
 
+class Adagrad:
+    """Adagrad: Duchi, Hazan & Singer 2011, with a learning rate that may decay as in torch.optim."""
+
+    states: ClassVar[int] = 1
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        lr_decay, eps, weight_decay, maximize = hyper
+        self.factor = gradient_factor(now, maximize, r)
+        self.l2 = r(weight_decay)
+        self.lr = r(divide(now.lr, 1.0 + (now.t - 1.0) * lr_decay))
+        self.eps = r(eps)
+
+    def __call__(self, p: Tensor, g: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.factor, self.l2)
+        total = total + g * g
+        p = p - self.lr * (g / (root(total) + self.eps))
+        return p, total
+
+
 class RMSprop:
     """RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim."""
 
@@ -288,6 +307,7 @@ class Averaged:
 RULES: dict[str, Callable[..., Any]] = {
     "sgd": SGD,
     "sgd_momentum": SGDMomentum,
+    "adagrad": Adagrad,
     "rmsprop": RMSprop,
     "rmsprop_momentum": RMSpropMomentum,
     "rmsprop_centered": RMSpropCentered,

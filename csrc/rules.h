@@ -145,6 +145,33 @@ struct SGDMomentum : SGD<T> {
   }
 };
 
+// Adagrad: Duchi, Hazan & Singer 2011, with a learning rate that may decay as in torch.optim.
+struct AdagradHyper {
+  double lr_decay, eps, weight_decay, maximize;
+};
+
+template <class T>
+struct Adagrad {
+  using Hyper = AdagradHyper;
+  static constexpr int states = 1;
+  static constexpr uint32_t never_negative = 1;
+  static constexpr bool averages = false;
+  T factor, l2, lr, eps;
+
+  ADAMFUSED_HD static Adagrad prepare(const Hyper& h, const Now& now) {
+    return {gradient_factor<T>(now, h.maximize), T(h.weight_decay), T(now.lr / (1.0 + (now.t - 1.0) * h.lr_decay)),
+            T(h.eps)};
+  }
+  ADAMFUSED_HD bool is_usual() const { return true; }
+  ADAMFUSED_HD void take_as_usual() {}
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& sum) const {
+    g = directed(p, g, factor, l2);
+    sum = sum + g * g;
+    p = p - lr * (g / (root(sum) + eps));
+  }
+};
+
 // RMSprop: Tieleman & Hinton 2012, lecture 6.5; epsilon outside the root as in torch.optim.
 struct RMSpropHyper {
   double alpha, eps, weight_decay, momentum, maximize;
@@ -355,6 +382,7 @@ ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room
 #define ADAMFUSED_RULES(RULE)                                \
   RULE(SGD, "sgd")                                           \
   RULE(SGDMomentum, "sgd_momentum")                          \
+  RULE(Adagrad, "adagrad")                                   \
   RULE(RMSprop, "rmsprop")                                   \
   RULE(RMSpropMomentum, "rmsprop_momentum")                  \
   RULE(RMSpropCentered, "rmsprop_centered")                  \
