@@ -4,6 +4,7 @@ oracle, at the memory bandwidth."""
 import importlib
 from typing import Any
 
+from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .backward import step_in_backward
@@ -14,6 +15,7 @@ from .sgd import SGD
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",

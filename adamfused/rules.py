@@ -237,6 +237,28 @@ class RMSpropCenteredMomentum(RMSprop):
         return p, v, buf, mean
 
 
+class Adadelta:
+    """Adadelta: Zeiler 2012 (arXiv:1212.5701), Algorithm 1, with a learning rate as in torch.optim."""
+
+    states: ClassVar[int] = 2
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        rho, eps, weight_decay, maximize = hyper
+        self.w = weight(rho, r)
+        self.factor = gradient_factor(now, maximize, r)
+        self.l2 = r(weight_decay)
+        self.lr = r(now.lr)
+        self.eps = r(eps)
+
+    def __call__(self, p: Tensor, g: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.factor, self.l2)
+        v = average(v, g * g, self.w)
+        d = root(u + self.eps) / root(v + self.eps) * g
+        u = average(u, d * d, self.w)
+        p = p - self.lr * d
+        return p, v, u
+
+
 class Adam:
     """Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
     Algorithm 2. One rule: Adam has ``decay = 0``, AdamW has ``l2 = 0``. Decay and update are added and rounded
@@ -312,6 +334,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "rmsprop_momentum": RMSpropMomentum,
     "rmsprop_centered": RMSpropCentered,
     "rmsprop_centered_momentum": RMSpropCenteredMomentum,
+    "adadelta": Adadelta,
     "adam": Adam,
     "amsgrad": AmsGrad,
 }

@@ -29,7 +29,7 @@ MASTERS = {"split16": torch.int16, "split8": torch.int8, "fp32": torch.float32}
 """What ``master_weights`` may be, and the dtype of what then lies beside the parameter."""
 SMALLEST = 4096
 """Parameters with fewer elements keep their states in float32 where others have codes of 8 bits."""
-_NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+_NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")
 
 
 def scale_key(key: str) -> str:

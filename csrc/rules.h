@@ -260,6 +260,35 @@ struct RMSpropCenteredMomentum : RMSpropCentered<T> {
   }
 };
 
+// Adadelta: Zeiler 2012 (arXiv:1212.5701), Algorithm 1, with a learning rate as in torch.optim.
+struct AdadeltaHyper {
+  double rho, eps, weight_decay, maximize;
+};
+
+template <class T>
+struct Adadelta {
+  using Hyper = AdadeltaHyper;
+  static constexpr int states = 2;
+  static constexpr uint32_t never_negative = 3;
+  static constexpr bool averages = false;
+  Weight<T> w;
+  T factor, l2, lr, eps;
+
+  ADAMFUSED_HD static Adadelta prepare(const Hyper& h, const Now& now) {
+    return {weight<T>(h.rho), gradient_factor<T>(now, h.maximize), T(h.weight_decay), T(now.lr), T(h.eps)};
+  }
+  ADAMFUSED_HD bool is_usual() const { return !w.far && l2 == T(0); }
+  ADAMFUSED_HD void take_as_usual() { w.far = false, l2 = T(0); }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& v, N& u) const {
+    g = directed(p, g, factor, l2);
+    v = average(v, g * g, w);
+    N d = root(u + eps) / root(v + eps) * g;
+    u = average(u, d * d, w);
+    p = p - lr * d;
+  }
+};
+
 // Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
 // Algorithm 2. One rule: Adam has decay = 0, AdamW has l2 = 0. Decay and update are added and rounded together.
 struct AdamHyper {
@@ -387,5 +416,6 @@ ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room
   RULE(RMSpropMomentum, "rmsprop_momentum")                  \
   RULE(RMSpropCentered, "rmsprop_centered")                  \
   RULE(RMSpropCenteredMomentum, "rmsprop_centered_momentum") \
+  RULE(Adadelta, "adadelta")                                 \
   RULE(Adam, "adam")                                         \
   RULE(AmsGrad, "amsgrad")
