@@ -9,6 +9,7 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .backward import step_in_backward
 from .clip import grad_norm
+from .lion import Lion
 from .master import fp32_weights, load_fp32_weights
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -19,6 +20,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Lion",
     "RMSprop",
     "SGD",
     "fp32_weights",

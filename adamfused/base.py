@@ -91,7 +91,7 @@ class BaseOptimizer(Optimizer):
         given = DEFAULTS | dict(extras)
         self._options = Options.of(given)
         own |= {name: (given[name], DEFAULTS[name]) for name in GROUP_EXTRAS}
-        if defaults["differentiable"]:
+        if defaults.get("differentiable", False):
             raise ValueError(
                 f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
                 f"use torch.optim.{type(self).__name__} for that"

@@ -259,6 +259,29 @@ class Adadelta:
         return p, v, u
 
 
+class Lion:
+    """Lion: Chen et al. 2023 (arXiv:2302.06675), Algorithm 2. The sign of a NaN is a NaN, lest a broken gradient go
+    unseen."""
+
+    states: ClassVar[int] = 1
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        beta1, beta2, weight_decay, maximize = hyper
+        self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
+        self.factor = gradient_factor(now, maximize, r)
+        self.decay = r(now.lr * weight_decay)
+        self.lr = r(now.lr)
+
+    def __call__(self, p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        g = self.factor * g
+        move = average(m, g, self.w1)
+        move = torch.where(move > 0, self.lr, move)
+        move = torch.where(move < 0, -self.lr, move)
+        m = average(m, g, self.w2)
+        p = p - (self.decay * p + move if self.decay != 0 else move)
+        return p, m
+
+
 class Adam:
     """Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
     Algorithm 2. One rule: Adam has ``decay = 0``, AdamW has ``l2 = 0``. Decay and update are added and rounded
@@ -335,6 +358,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "rmsprop_centered": RMSpropCentered,
     "rmsprop_centered_momentum": RMSpropCenteredMomentum,
     "adadelta": Adadelta,
+    "lion": Lion,
     "adam": Adam,
     "amsgrad": AmsGrad,
 }

@@ -289,6 +289,37 @@ struct Adadelta {
   }
 };
 
+// Lion: Chen et al. 2023 (arXiv:2302.06675), Algorithm 2. The sign of a NaN is a NaN, lest a broken gradient go unseen.
+struct LionHyper {
+  double beta1, beta2, weight_decay, maximize;
+};
+
+template <class T>
+struct Lion {
+  using Hyper = LionHyper;
+  static constexpr int states = 1;
+  static constexpr uint32_t never_negative = 0;
+  static constexpr bool averages = false;
+  Weight<T> w1, w2;
+  T factor, decay, lr;
+
+  ADAMFUSED_HD static Lion prepare(const Hyper& h, const Now& now) {
+    return {weight<T>(h.beta1), weight<T>(h.beta2), gradient_factor<T>(now, h.maximize), T(now.lr * h.weight_decay),
+            T(now.lr)};
+  }
+  ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far; }
+  ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false; }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& m) const {
+    g = factor * g;
+    N move = average(m, g, w1);
+    move = move > T(0) ? lr : move;
+    move = move < T(0) ? -lr : move;
+    m = average(m, g, w2);
+    p = p - (decay != T(0) ? decay * p + move : move);
+  }
+};
+
 // Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
 // Algorithm 2. One rule: Adam has decay = 0, AdamW has l2 = 0. Decay and update are added and rounded together.
 struct AdamHyper {
@@ -417,5 +448,6 @@ ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room
   RULE(RMSpropCentered, "rmsprop_centered")                  \
   RULE(RMSpropCenteredMomentum, "rmsprop_centered_momentum") \
   RULE(Adadelta, "adadelta")                                 \
+  RULE(Lion, "lion")                                         \
   RULE(Adam, "adam")                                         \
   RULE(AmsGrad, "amsgrad")
