@@ -11,6 +11,7 @@ from .backward import step_in_backward
 from .clip import grad_norm
 from .lion import Lion
 from .master import fp32_weights, load_fp32_weights
+from .nadam import NAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -21,6 +22,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Lion",
+    "NAdam",
     "RMSprop",
     "SGD",
     "fp32_weights",

@@ -329,6 +329,43 @@ class AmsGrad(Adam):
         return p, m, v, top
 
 
+class NAdam:
+    """NAdam: Dozat 2016 (ICLR workshop), Algorithm 2, with the decay of the momentum that torch.optim has."""
+
+    states: ClassVar[int] = 2
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        beta1, beta2, eps, weight_decay, decoupled, maximize, q = hyper
+        mu, mu_next = nadam_mu(beta1, q, now.t), nadam_mu(beta1, q, now.t + 1.0)
+        c2 = 1.0 - power(beta2, int(now.t))
+        self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
+        self.factor = gradient_factor(now, maximize, r)
+        self.l2 = r(0.0 if decoupled else weight_decay)
+        self.decay = r(now.lr * weight_decay if decoupled else 0.0)
+        self.of_g = r(divide(now.lr * (1.0 - mu), 1.0 - now.carried))
+        self.of_m = r(divide(now.lr * mu_next, 1.0 - now.carried * mu_next))
+        self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
+        self.eps = r(eps)
+
+    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.factor, self.l2)
+        m = average(m, g, self.w1)
+        v = average(v, g * g, self.w2)
+        move = (self.of_g * g + self.of_m * m) / (root(v) * self.inv_root_c2 + self.eps)
+        p = p - (self.decay * p + move if self.decay != 0 else move)
+        return p, m, v
+
+
+def nadam_mu(beta1: float, q: float, t: float) -> float:
+    """``q`` is 0.96 to the power of the decay."""
+    return beta1 * (1.0 - 0.5 * power(q, int(t)))
+
+
+def nadam_product(hyper: Sequence[float], t: float, before: float) -> float:
+    """The product of all mu so far."""
+    return before * nadam_mu(hyper[0], hyper[6], t)
+
+
 class Averaged:
     """A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
     format. Its first value is the first new weight, as in ``torch.optim.swa_utils.AveragedModel``, be that infinite."""
@@ -361,10 +398,11 @@ RULES: dict[str, Callable[..., Any]] = {
     "lion": Lion,
     "adam": Adam,
     "amsgrad": AmsGrad,
+    "nadam": NAdam,
 }
 """Every rule by its name; the names and their order are those of ``ADAMFUSED_RULES`` in ``csrc/rules.h``."""
 
-CARRIED: dict[str, Callable[[Sequence[float], float, float], float]] = {}
+CARRIED: dict[str, Callable[[Sequence[float], float, float], float]] = {"nadam": nadam_product}
 """Some rules carry a number from step to step that is the same for all elements and cannot be told from the count. It
 begins with 1 and lies beside the count; called with the rule's numbers, ``t`` and the one before, this is what it is
 in step ``t``."""

@@ -382,6 +382,55 @@ struct AmsGrad : Adam<T> {
   }
 };
 
+// NAdam: Dozat 2016 (ICLR workshop), Algorithm 2, with the decay of the momentum that torch.optim has.
+struct NAdamHyper {
+  double beta1, beta2, eps, weight_decay, decoupled, maximize;
+  double q;  // 0.96 to the power of the decay: q^t is then the same on every target
+
+  ADAMFUSED_HD double mu(double t) const { return beta1 * (1.0 - 0.5 * power(q, int64_t(t))); }
+};
+
+// The product of all mu so far.
+template <>
+struct Carried<NAdamHyper> {
+  static constexpr bool any = true;
+  ADAMFUSED_HD static double after(const NAdamHyper& h, double t, double before) { return before * h.mu(t); }
+};
+
+template <class T>
+struct NAdam {
+  using Hyper = NAdamHyper;
+  static constexpr int states = 2;
+  static constexpr uint32_t never_negative = 2;
+  static constexpr bool averages = false;
+  Weight<T> w1, w2;
+  T factor, l2, decay, of_g, of_m, inv_root_c2, eps;
+
+  ADAMFUSED_HD static NAdam prepare(const Hyper& h, const Now& now) {
+    const double mu = h.mu(now.t), next = h.mu(now.t + 1.0);
+    const bool decoupled = h.decoupled != 0;
+    return {weight<T>(h.beta1),
+            weight<T>(h.beta2),
+            gradient_factor<T>(now, h.maximize),
+            T(decoupled ? 0.0 : h.weight_decay),
+            T(decoupled ? now.lr * h.weight_decay : 0.0),
+            T(now.lr * (1.0 - mu) / (1.0 - now.carried)),
+            T(now.lr * next / (1.0 - now.carried * next)),
+            T(1.0 / root(1.0 - power(h.beta2, int64_t(now.t)))),
+            T(h.eps)};
+  }
+  ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
+  ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
+    g = directed(p, g, factor, l2);
+    m = average(m, g, w1);
+    v = average(v, g * g, w2);
+    N move = (of_g * g + of_m * m) / (root(v) * inv_root_c2 + eps);
+    p = p - (decay != T(0) ? decay * p + move : move);
+  }
+};
+
 // A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
 // format. Its first value is the first new weight, as in torch.optim.swa_utils.AveragedModel, be that infinite.
 template <template <class> class Rule, class T>
@@ -450,4 +499,5 @@ ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room
   RULE(Adadelta, "adadelta")                                 \
   RULE(Lion, "lion")                                         \
   RULE(Adam, "adam")                                         \
-  RULE(AmsGrad, "amsgrad")
+  RULE(AmsGrad, "amsgrad")                                   \
+  RULE(NAdam, "nadam")
