@@ -12,6 +12,7 @@ from .clip import grad_norm
 from .lion import Lion
 from .master import fp32_weights, load_fp32_weights
 from .nadam import NAdam
+from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -23,6 +24,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "NAdam",
+    "RAdam",
     "RMSprop",
     "SGD",
     "fp32_weights",

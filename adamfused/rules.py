@@ -366,6 +366,40 @@ def nadam_product(hyper: Sequence[float], t: float, before: float) -> float:
     return before * nadam_mu(hyper[0], hyper[6], t)
 
 
+class RAdam:
+    """RAdam: Liu et al. 2020 (arXiv:1908.03265), Algorithm 2, with epsilon beside the uncorrected root as in
+    torch.optim."""
+
+    states: ClassVar[int] = 2
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        beta1, beta2, eps, weight_decay, decoupled, maximize = hyper
+        power2 = power(beta2, int(now.t))
+        c2 = 1.0 - power2
+        most = divide(2.0, 1.0 - beta2) - 1.0
+        length = most - divide(2.0 * now.t * power2, c2)
+        self.rectified = length > 5.0  # there are steps enough to tell the variance
+        size = divide(now.lr, 1.0 - power(beta1, int(now.t)))
+        if self.rectified:
+            above = (length - 4.0) * (length - 2.0) * most
+            below = (most - 4.0) * (most - 2.0) * length
+            size = size * math.sqrt(divide(above, below)) * math.sqrt(c2)
+        self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
+        self.factor = gradient_factor(now, maximize, r)
+        self.l2 = r(0.0 if decoupled else weight_decay)
+        self.decay = r(now.lr * weight_decay if decoupled else 0.0)
+        self.step_size = r(size)
+        self.eps = r(eps)
+
+    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        g = directed(p, g, self.factor, self.l2)
+        m = average(m, g, self.w1)
+        v = average(v, g * g, self.w2)
+        move = self.step_size * (m / (root(v) + self.eps) if self.rectified else m)
+        p = p - (self.decay * p + move if self.decay != 0 else move)
+        return p, m, v
+
+
 class Averaged:
     """A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
     format. Its first value is the first new weight, as in ``torch.optim.swa_utils.AveragedModel``, be that infinite."""
@@ -399,6 +433,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "adam": Adam,
     "amsgrad": AmsGrad,
     "nadam": NAdam,
+    "radam": RAdam,
 }
 """Every rule by its name; the names and their order are those of ``ADAMFUSED_RULES`` in ``csrc/rules.h``."""
 

@@ -431,6 +431,50 @@ struct NAdam {
   }
 };
 
+// RAdam: Liu et al. 2020 (arXiv:1908.03265), Algorithm 2, with epsilon beside the uncorrected root as in torch.optim.
+struct RAdamHyper {
+  double beta1, beta2, eps, weight_decay, decoupled, maximize;
+};
+
+template <class T>
+struct RAdam {
+  using Hyper = RAdamHyper;
+  static constexpr int states = 2;
+  static constexpr uint32_t never_negative = 2;
+  static constexpr bool averages = false;
+  Weight<T> w1, w2;
+  T factor, l2, decay, step_size, eps;
+  bool rectified;  // there are steps enough to tell the variance
+
+  ADAMFUSED_HD static RAdam prepare(const Hyper& h, const Now& now) {
+    const double power2 = power(h.beta2, int64_t(now.t)), c2 = 1.0 - power2;
+    const double most = 2.0 / (1.0 - h.beta2) - 1.0, length = most - 2.0 * now.t * power2 / c2;
+    const bool rectified = length > 5.0;
+    double size = now.lr / (1.0 - power(h.beta1, int64_t(now.t)));
+    if (rectified)
+      size = size * root((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length)) * root(c2);
+    const bool decoupled = h.decoupled != 0;
+    return {weight<T>(h.beta1),
+            weight<T>(h.beta2),
+            gradient_factor<T>(now, h.maximize),
+            T(decoupled ? 0.0 : h.weight_decay),
+            T(decoupled ? now.lr * h.weight_decay : 0.0),
+            T(size),
+            T(h.eps),
+            rectified};
+  }
+  ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
+  ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
+    g = directed(p, g, factor, l2);
+    m = average(m, g, w1);
+    v = average(v, g * g, w2);
+    N move = step_size * (rectified ? m / (root(v) + eps) : m);
+    p = p - (decay != T(0) ? decay * p + move : move);
+  }
+};
+
 // A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
 // format. Its first value is the first new weight, as in torch.optim.swa_utils.AveragedModel, be that infinite.
 template <template <class> class Rule, class T>
@@ -500,4 +544,5 @@ ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room
   RULE(Lion, "lion")                                         \
   RULE(Adam, "adam")                                         \
   RULE(AmsGrad, "amsgrad")                                   \
-  RULE(NAdam, "nadam")
+  RULE(NAdam, "nadam")                                       \
+  RULE(RAdam, "radam")
