@@ -47,6 +47,8 @@ def check_not_negative(group: Mapping[str, Any], *keys: str) -> None:
 
 
 def check_betas(betas: Sequence[float | Tensor]) -> None:
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas value: {betas}; expected two numbers")
     for i, beta in enumerate(betas):
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{i}] must be 1-element")

@@ -156,7 +156,8 @@ class Checkpoints(BaseOptimizer):
 
     def _taken_group(self, j: int, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The j-th group of a checkpoint with this optimizer's own formats."""
-        optional = {*self._extra_keys(), *self._group_defaults}
+        # torch puts differentiable=False into the defaults of what it has pickled or copied.
+        optional = {*self._extra_keys(), *self._group_defaults, "differentiable"}
         lacking = [key for key in self.defaults if key not in saved and key not in optional]
         if lacking:
             raise ValueError(

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import adamfused
 from adamfused.parity.walk import give_gradient
 
+EVERY_OPTIMIZER = [
+    c for c in vars(adamfused).values() if isinstance(c, type) and issubclass(c, Optimizer)
+]
+OF_TORCH = [c for c in EVERY_OPTIMIZER if hasattr(torch.optim, c.__name__)]
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 

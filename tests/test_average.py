@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, assert_same_result, give_gradient
+from helpers import EVERY_OPTIMIZER, OF_TORCH, assert_same_bits, assert_same_result, give_gradient
 from test_checkpoints import through_a_file
 from test_refusals import build, everything, facts, the_one
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from adamfused import Adam, AdamW, RMSprop
+from adamfused import Adadelta, Adagrad, AdamW, RAdam, RMSprop
 
 NAN = float("nan")
-OURS = pytest.mark.parametrize("ours", [Adam, AdamW, RMSprop])
+OURS = pytest.mark.parametrize("ours", EVERY_OPTIMIZER)
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
@@ -52,14 +52,16 @@ def warm_up(t: float) -> float:
 # ---- what it is ----------------------------------------------------------------------------------
 
 
-@OURS
+# Not RAdam: its first steps go so far that rounding covers the control.
+@pytest.mark.parametrize("ours", [ours for ours in EVERY_OPTIMIZER if ours is not RAdam])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 1.0])
 def test_it_is_that_of_swa_utils(path, ours, decay) -> None:
     """Over 50 steps, within float32 rounding. With weights up to M, c = 1 - decay and u = 2^-24, an update rounds c, a
     difference and a product, each of up to 2 c M, and a sum of up to M: off by (1 + 6 c) u M. Older errors only decay,
     so after 50 updates on both sides they are within 100 (1 + 6 c) u M."""
     model = small_model()
-    optimizer = ours(model.parameters(), lr=0.05, ema_decay=decay, backend=path)
+    lr = {Adadelta: 20.0, Adagrad: 0.5}.get(ours, 0.05)  # far enough for the control
+    optimizer = ours(model.parameters(), lr=lr, ema_decay=decay, backend=path)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     other = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay * 0.99 + 0.004))
     largest = 0.0
@@ -320,7 +322,7 @@ def test_an_average_of_another_shape_is_refused_at_load(path) -> None:
     assert everything(optimizer) == before
 
 
-@OURS
+@pytest.mark.parametrize("ours", OF_TORCH)
 def test_torch_loads_a_checkpoint_with_averages(path, ours) -> None:
     """And moves on as if there were none; what it saves then still has them, as they were."""
     ends, params = [], []

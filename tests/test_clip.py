@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import REAL_DTYPES, assert_same_bits, assert_same_result, give_gradient, wild
+from helpers import (
+    EVERY_OPTIMIZER,
+    REAL_DTYPES,
+    assert_same_bits,
+    assert_same_result,
+    give_gradient,
+    wild,
+)
 from test_norm import gradients, parameter
 from test_one_pass import FORMS
 from test_refusals import build, everything, the_one
@@ -286,7 +293,7 @@ MAX_NORM = "expected None (no clipping) or a number above 0"
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("make", [Adam, AdamW, RMSprop])
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

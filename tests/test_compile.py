@@ -14,6 +14,8 @@ CASES = [
     (adamfused.AdamW, {}),
     (adamfused.Adam, {"amsgrad": True, "weight_decay": 0.1}),
     (adamfused.RMSprop, {"momentum": 0.9, "centered": True}),
+    (adamfused.SGD, {}),
+    (adamfused.NAdam, {"weight_decay": 0.1}),
 ]
 
 

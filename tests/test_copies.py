@@ -8,11 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import COMPLEX_DTYPES, REAL_DTYPES, assert_same_bits, assert_same_result, wild
+from helpers import (
+    COMPLEX_DTYPES,
+    EVERY_OPTIMIZER,
+    REAL_DTYPES,
+    assert_same_bits,
+    assert_same_result,
+    wild,
+)
 from test_refusals import build, everything, facts, in_inference_mode, parameter
 from torch import Tensor
 
-from adamfused import Adam, AdamW, RMSprop
+from adamfused import AdamW, RMSprop
 
 # The shapes of test_refusals.build.
 SHAPES = [(4,), (2, 2), (5,), (2, 3), (1,)]
@@ -210,7 +217,7 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.reference
 @pytest.mark.parametrize(("make", "problem"), BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("ours", [Adam, AdamW, RMSprop])
+@pytest.mark.parametrize("ours", EVERY_OPTIMIZER)
 def test_it_is_refused_by_the_constructor(ours, make, problem) -> None:
     good, p = parameter(0, 4), parameter(1, 2, 3)
     with pytest.raises(ValueError) as refusal:

@@ -9,21 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim import Optimizer
+from helpers import EVERY_OPTIMIZER
 
 import adamfused
 
 pytestmark = pytest.mark.reference
 
 MODULES = (
+    "adadelta",
+    "adagrad",
     "adam",
     "average",
     "backward",
     "checkpoints",
     "clip",
+    "lion",
     "master",
+    "nadam",
     "optimizer",
+    "radam",
     "rmsprop",
+    "sgd",
     "spec",
     "info",
     "report",
@@ -49,19 +55,14 @@ def test_examples_in_the_documentation() -> None:
     assert sum(result.failed for result in results) == 0
 
 
-OPTIMIZERS = [
-    c for c in vars(adamfused).values() if isinstance(c, type) and issubclass(c, Optimizer)
-]
-
-
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
 def test_every_argument_is_in_the_docstring(cls) -> None:
     text = cls.__doc__ + (adamfused.Adam.__doc__ if issubclass(cls, adamfused.Adam) else "")
     missing = [name for name in inspect.signature(cls).parameters if f"{name}:" not in text]
     assert missing == []
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
 def test_a_keyword_that_no_class_knows_is_an_error_of_python(cls) -> None:
     with pytest.raises(
         TypeError, match=rf"^{cls.__name__}.__init__\(\) got an unexpected keyword argument 'lrr'$"

@@ -29,12 +29,50 @@ from helpers import (
 )
 
 import adamfused
-from adamfused import Adam, AdamW, RMSprop, backend, rules
+from adamfused import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    backend,
+    rules,
+)
 
 pytestmark = [pytest.mark.native, pytest.mark.isa]
 
 # Each row is an optimizer with its settings; every test below that takes `case` runs all of them.
 CASES = {
+    "sgd": (SGD, {}),
+    "sgd-l2": (SGD, {"weight_decay": 0.1, "maximize": True}),
+    "sgd-momentum": (SGD, {"momentum": 0.9}),
+    "sgd-all": (SGD, {"momentum": 0.7, "dampening": 0.3, "weight_decay": 0.1, "maximize": True}),
+    "sgd-nesterov": (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "sgd-low-momentum": (SGD, {"momentum": 0.3, "nesterov": True}),
+    "adagrad": (Adagrad, {}),
+    "adagrad-all": (
+        Adagrad,
+        {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1, "maximize": True},
+    ),
+    "adadelta": (Adadelta, {}),
+    "adadelta-all": (Adadelta, {"rho": 0.3, "eps": 1e-3, "weight_decay": 0.1, "maximize": True}),
+    "adadelta-still": (Adadelta, {"rho": 1.0}),
+    "lion": (Lion, {}),
+    "lion-all": (Lion, {"betas": (0.3, 0.4), "weight_decay": 0.1, "maximize": True}),
+    "nadam": (NAdam, {}),
+    "nadam-l2": (NAdam, {"weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True}),
+    "nadam-decoupled": (
+        NAdam,
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.3, 0.95)},
+    ),
+    "radam": (RAdam, {}),
+    "radam-l2": (RAdam, {"weight_decay": 0.1, "betas": (0.9, 0.99), "maximize": True}),
+    "radam-decoupled": (RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam-never-rectified": (RAdam, {"betas": (0.5, 0.3)}),
     "adam": (Adam, {}),
     "adam-l2": (Adam, {"weight_decay": 0.1}),
     "adam-decoupled": (Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, assert_same_result
+from helpers import EVERY_OPTIMIZER, assert_same_bits, assert_same_result
 from test_refusals import everything, facts
 from test_storage_options import BF16, F32, numbers, train
 from torch import Tensor
 
-from adamfused import Adam, AdamW, RMSprop, fp32_weights, load_fp32_weights
+from adamfused import AdamW, fp32_weights, load_fp32_weights
 
 KINDS = pytest.mark.parametrize("kind", ["split16", "split8", "fp32"])
 
@@ -38,7 +38,7 @@ def optimizer_of(model: Net, kind: str | None, path: str, make: Any = AdamW, **o
 
 
 @KINDS
-@pytest.mark.parametrize("make", [Adam, AdamW, RMSprop])
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
 def test_what_has_a_master_is_float32_and_the_rest_is_as_it_is(path, make, kind) -> None:
     model = Net()
     optimizer = train(optimizer_of(model, kind, path, make), 3)

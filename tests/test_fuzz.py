@@ -7,6 +7,7 @@ checkpoints with one thing changed, and long lives of an optimizer with saving, 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import REAL_DTYPES, assert_same_bits, wild
+from helpers import EVERY_OPTIMIZER, REAL_DTYPES, assert_same_bits, wild
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -34,7 +35,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import Adam, AdamW, RMSprop, backend, rules
+from adamfused import AdamW, RMSprop, backend, rules
 
 pytestmark = [
     pytest.mark.native,
@@ -164,31 +165,31 @@ BETAS = st.sampled_from(
 )
 LR = st.sampled_from([0.0, 1e-45, 1e-3, 0.1, 1.0, 1e30, 1e300])
 OTHERS = st.sampled_from([0.0, 0.0, 1e-45, 1e-8, 0.1, 1e30, 1e300])
-ADAM = {
+NUMBERS = {
     "lr": LR,
     "betas": st.tuples(BETAS, BETAS),
-    "eps": OTHERS,
-    "weight_decay": OTHERS,
-    "amsgrad": st.booleans(),
-    "maximize": st.booleans(),
-    "bias_correction": st.booleans(),
-}
-RMSPROP = {
-    "lr": LR,
     "alpha": BETAS | st.just(1.0) | st.just(2.5),
+    "rho": BETAS | st.just(1.0),
     "eps": OTHERS,
     "weight_decay": OTHERS,
     "momentum": st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0, 1e300]),
-    "centered": st.booleans(),
-    "maximize": st.booleans(),
+    "dampening": st.sampled_from([0.0, 0.0, 0.3, 1.0, -1e300]),
+    "lr_decay": OTHERS,
+    "initial_accumulator_value": OTHERS,
+    "momentum_decay": OTHERS,
+    **dict.fromkeys(("amsgrad", "maximize", "bias_correction", "centered"), st.booleans()),
+    "decoupled_weight_decay": st.booleans(),
 }
 STATE_DTYPES = st.sampled_from([None, "param", torch.bfloat16, torch.float16, torch.float64])
 
 
 @st.composite
 def optimizers(draw) -> tuple[type[Optimizer], dict[str, Any]]:
-    make = draw(st.sampled_from([Adam, AdamW, RMSprop]))
-    options = draw(st.fixed_dictionaries({}, optional=RMSPROP if make is RMSprop else ADAM))
+    make = draw(st.sampled_from(EVERY_OPTIMIZER))
+    known = inspect.signature(make).parameters
+    options = draw(
+        st.fixed_dictionaries({}, optional={k: v for k, v in NUMBERS.items() if k in known})
+    )
     if draw(st.booleans()):
         options["state_dtype"] = draw(STATE_DTYPES)
     return make, options

@@ -25,10 +25,12 @@ from helpers import assert_same_bits, give_gradient, threads, wild
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import AdamW, RMSprop
+from adamfused import SGD, AdamW, Lion, RMSprop
 
 # Rules with as many states as there are.
 CASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "lion": (Lion, {"lr": 0.1, "weight_decay": 0.1}),
     "amsgrad": (AdamW, {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True}),
     "rmsprop": (RMSprop, {"lr": 0.1, "momentum": 0.9, "centered": True}),
 }

@@ -38,13 +38,20 @@ from test_refusals import STATES, TENSORS, Row, build, everything, facts, state,
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import Adam, AdamW, RMSprop, backend
+from adamfused import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, backend
 
 INF, NAN = float("inf"), float("nan")
 KERNELS = [
     (isa, n) for isa, here in (backend._C.isas() if backend._C else []) if here for n in (1, 2)
 ]
 FORMS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (SGD, {"weight_decay": 0.1}),
+    "sgd-momentum": (SGD, {"momentum": 0.9, "nesterov": True, "maximize": True}),
+    "adagrad": (Adagrad, {"initial_accumulator_value": 0.1, "lr_decay": 0.1}),
+    "adadelta": (Adadelta, {"weight_decay": 0.1}),
+    "lion": (Lion, {"weight_decay": 0.1}),
+    "nadam": (NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": (RAdam, {"weight_decay": 0.1}),
     "adam": (Adam, {"weight_decay": 0.1, "maximize": True}),
     "adamw": (AdamW, {"weight_decay": 0.1}),
     "amsgrad": (AdamW, {"amsgrad": True}),

@@ -317,7 +317,9 @@ def train(file: str, last: int) -> str:
 def test_training_goes_on_after_the_process_was_ended(tmp_path, by) -> None:
     file, code = (
         str(tmp_path / "checkpoint"),
-        "import sys, test_process as t; t.train(sys.argv[1], 10**9)",
+        # a shell's background jobs, and what they start, ignore SIGINT
+        "import signal, sys, test_process as t; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "t.train(sys.argv[1], 10**9)",
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, file], env=in_tests(), stdout=-1, stderr=subprocess.DEVNULL
@@ -325,8 +327,11 @@ def test_training_goes_on_after_the_process_was_ended(tmp_path, by) -> None:
     assert child.stdout is not None and child.stdout.readline() == b"under way\n"
     time.sleep(0.05)
     child.send_signal(by)
-    child.wait(timeout=120)
-    child.stdout.close()
+    try:
+        child.wait(timeout=30)
+    finally:
+        child.kill()
+        child.stdout.close()
     steps = torch.load(file, weights_only=True)["n"]
     assert train(file, steps + 3) == train(str(tmp_path / "other"), steps + 3)
 

@@ -24,7 +24,19 @@ from test_refusals import facts
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamfused import Adam, AdamW, RMSprop, formats, reference
+from adamfused import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    formats,
+    reference,
+)
 from adamfused.rules import Now
 from adamfused.storage import SMALLEST
 
@@ -37,6 +49,14 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 # ---- every rule, parameter and state -------------------------------------------------------------
 
 RULES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (SGD, {"weight_decay": 0.1}),
+    "sgd, momentum": (SGD, {"momentum": 0.9, "dampening": 0.1}),
+    "sgd, low momentum": (SGD, {"momentum": 0.3, "nesterov": True}),
+    "adagrad": (Adagrad, {"initial_accumulator_value": 0.1}),
+    "adadelta": (Adadelta, {"weight_decay": 0.1}),
+    "lion": (Lion, {"weight_decay": 0.1}),
+    "nadam": (NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": (RAdam, {"betas": (0.9, 0.95)}),
     "adam, decoupled decay": (AdamW, {"weight_decay": 0.1}),
     "adam, coupled decay, far averages": (Adam, {"weight_decay": 0.1, "betas": (0.3, 0.4)}),
     "amsgrad, climbing": (AdamW, {"amsgrad": True, "maximize": True}),

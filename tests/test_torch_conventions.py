@@ -16,6 +16,11 @@ import adamfused
 pytestmark = pytest.mark.reference
 
 PAIRS = [
+    (adamfused.SGD, torch.optim.SGD),
+    (adamfused.Adagrad, torch.optim.Adagrad),
+    (adamfused.Adadelta, torch.optim.Adadelta),
+    (adamfused.NAdam, torch.optim.NAdam),
+    (adamfused.RAdam, torch.optim.RAdam),
     (adamfused.Adam, torch.optim.Adam),
     (adamfused.AdamW, torch.optim.AdamW),
     (adamfused.RMSprop, torch.optim.RMSprop),
@@ -55,8 +60,8 @@ def optim_info(torchs: type) -> Any:
 
 @pairs
 def test_torchs_own_table_of_inputs(ours, torchs) -> None:
-    """Within fp32 rounding of torch over 8 steps. A step moves a parameter by up to 10 lr (RMSprop's first) and each
-    of its roundings is within 1e-7 of that, or of the parameter: 1e-4 of lr, where a wrong term would be off by lr."""
+    """Within fp32 rounding of torch over 8 steps: each of their roundings is within 1e-7 of how far they go, or of the
+    parameter. A wrong term would be off by a good part of it."""
     for case in optim_info(torchs).optim_inputs_func(device=torch.device("cpu")):
         options = {k: v for k, v in case.kwargs.items() if k != "differentiable"}
         torch.manual_seed(0)
@@ -69,9 +74,11 @@ def test_torchs_own_table_of_inputs(ours, torchs) -> None:
                 p.grad = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed))
                 optimizer.step()
             results.append(p.detach())
-        lr = float(options.get("lr", 1e-3))
-        assert float((results[0] - start).abs().max()) > 0.5 * lr, case.desc
-        torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-4 * lr, msg=case.desc)
+        moved = float((results[1] - start).abs().max())
+        assert moved > 0, case.desc
+        torch.testing.assert_close(
+            results[0], results[1], rtol=1e-6, atol=1e-5 * moved, msg=case.desc
+        )
 
 
 @pairs
@@ -124,7 +131,7 @@ def test_no_gradient_no_state_no_count(ours) -> None:
     q.grad = None
     optimizer = ours([{"params": [p]}, {"params": [q]}, {"params": []}])
     optimizer.step()
-    assert q not in optimizer.state and len(optimizer.state[p]) > 1
+    assert q not in optimizer.state and optimizer.state[p]["step"] == 1
     p.grad = None
     before = p.detach().clone()
     optimizer.step()
@@ -183,7 +190,9 @@ def test_hooks_run_once(ours) -> None:
     [
         lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
         lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, 0.1, total_steps=10, cycle_momentum=not {"momentum", "betas"}.isdisjoint(o.defaults)
+        ),
         lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
     ],
     ids=["StepLR", "CosineAnnealingWarmRestarts", "OneCycleLR", "LambdaLR"],
@@ -294,7 +303,7 @@ def test_fully_sharded_parameters(ours, one_rank) -> None:
             o.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert isinstance(a, DTensor) and torch.equal(a.full_tensor(), b)
-        assert all(isinstance(t, DTensor) for key, t in optimizer.state[a].items() if key != "step")
+        assert all(isinstance(t, DTensor) for t in optimizer.state[a].values() if t.dim() > 0)
     saved = get_optimizer_state_dict(model, optimizer)
     fresh = ours(model.parameters())
     set_optimizer_state_dict(model, fresh, saved)
