@@ -59,7 +59,10 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 
-autodoc_default_options = {"members": True, "inherited-members": "Optimizer"}  # torch's own: not here
+autodoc_default_options = {
+    "members": True,
+    "inherited-members": "Optimizer",
+}  # torch's own: not here
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 maximum_signature_line_length = 80
@@ -71,7 +74,6 @@ html_theme = "furo"
 html_title = f"adamfused {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_extra_path = ["static/index.html"]
 html_math_renderer = "mathml"
 html_show_copyright = False
 html_show_sourcelink = False
@@ -116,7 +118,23 @@ def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
             )
 
 
+INDEX = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="0; url={page}">
+<title>adamfused</title>
+<a href="{page}">adamfused</a>
+</html>
+"""
+
+
+def add_index(app: Sphinx, exception: Exception | None) -> None:
+    """A start page by the name that servers and readers look for."""
+    (Path(app.outdir) / "index.html").write_text(INDEX.format(page=f"{root_doc}.html"))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula, None))
     app.connect("source-read", add_contents)
+    app.connect("build-finished", add_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

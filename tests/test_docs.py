@@ -32,7 +32,16 @@ MODULES = (
     "bench.case",
     "bench.measure",
 )
-PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def is_of_a_class_that_is_not_here(page: Path) -> bool:
+    """The page of an optimizer has its name as its title."""
+    title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return page.match("optimizers/[a-z]*.md") and title not in adamfused.__all__
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if not is_of_a_class_that_is_not_here(page)]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -52,6 +61,17 @@ def test_examples_in_the_documentation() -> None:
 OPTIMIZERS = [
     c for c in vars(adamfused).values() if isinstance(c, type) and issubclass(c, Optimizer)
 ]
+
+
+@pytest.mark.skipif(not PAGES, reason="the documentation is not beside these tests")
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_every_optimizer_has_a_page_and_a_row_in_the_table(cls) -> None:
+    name = cls.__name__
+    page = DOCS / "optimizers" / f"{name.lower()}.md"
+    assert page in PAGES
+    assert f".. autoclass:: adamfused.{name}\n" in page.read_text(encoding="utf-8")
+    table = (DOCS / "optimizers" / "README.md").read_text(encoding="utf-8")
+    assert f"| [{name}]({page.name}) |" in table
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
