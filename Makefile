@@ -38,7 +38,7 @@ bench: $(VENV)/with-test ## Measure what the project sets itself as targets, and
 gpu-check: ## Build, test and measure on this machine's GPU; results in OUT (gpu-check/)
 	$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),gpu-check)
 
-docs: $(VENV)/with-docs ## Build the documentation as a site: build/docs/index.html
+docs: $(VENV)/with-docs ## Build the documentation as a site, build/docs/index.html
 	$(PY) -m sphinx -b html -c docs --fail-on-warning --keep-going --nitpicky $(ARGS) . build/docs
 
 lint: $(VENV)/with-dev ## Check style and types

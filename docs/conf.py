@@ -111,6 +111,7 @@ def visit_formula(writer: Any, node: nodes.math | nodes.math_block) -> None:
 
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     """Gives the start page what stands at the side of all pages."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")  # the line that ends a doctest
     if docname == root_doc:
         for caption, pages in CONTENTS.items():
             source[0] += "\n".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def test_every_optimizer_has_a_page_and_a_row_in_the_table(cls) -> None:
     assert f".. autoclass:: adamfused.{name}\n" in page.read_text(encoding="utf-8")
     table = (DOCS / "optimizers" / "README.md").read_text(encoding="utf-8")
     assert f"| [{name}]({page.name}) |" in table
+
+
+@pytest.mark.skipif(
+    not PAGES or "Lion" not in adamfused.__all__, reason="no documentation here, or no Lion"
+)
+def test_rule_of_the_walk_through_is_that_of_the_package() -> None:
+    page = (DOCS / "adding_an_optimizer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(cpp|python)\n(.*?)\n```", page, re.S)
+    files = {"cpp": "csrc/rules.h", "python": "adamfused/rules.py"}
+    compared = [
+        (kind, code) for kind, code in blocks if kind == "cpp" or "@with_extras" not in code
+    ]
+    assert len(compared) >= 4
+    for kind, code in compared:
+        assert code in (DOCS.parent / files[kind]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import contextlib
 import html.parser
 import importlib.util
 import re
@@ -185,13 +185,18 @@ FORMULAS = r"""
 """
 
 
+# Every page at both widths and in both schemes, and those of each kind in all four.
+SAMPLE = ("README.html", "docs/api.html", "docs/optimizers/adam.html", "docs/parity_report.html")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 def test_site_in_a_browser(browser, site, width, dark) -> None:
+    pages = sorted(site.rglob("*.html")) if dark == (width == 400) else map(site.joinpath, SAMPLE)
     formulas = 0
-    for page in sorted(site.rglob("*.html")):
-        if page.name == "index.html":
+    for page in pages:
+        if page == site / "index.html":
             continue
         view = browser.view(page, width, dark)
         assert (view.width, view.dark, view.sideways) == (width, dark, False), page
@@ -201,12 +206,12 @@ def test_site_in_a_browser(browser, site, width, dark) -> None:
         raw, flat, empty, count = browser.evaluate(FORMULAS)
         assert (raw, flat, empty) == ([], 0, 0), page
         formulas += count
-    assert formulas > 50
+    assert formulas >= 20
 
 
 @pytest.mark.slow
 def test_start_page_is_the_index_and_search_works_offline(browser, site) -> None:
-    browser.view(site / "index.html", 1280, dark=False)
+    browser.call("Page.navigate", url=(site / "index.html").as_uri())
     wait_for(browser, "location.pathname.endsWith('/README.html')")
     browser.events.clear()
     browser.call("Page.navigate", url=f"{(site / 'search.html').as_uri()}?q=centered")
@@ -220,7 +225,10 @@ def test_start_page_is_the_index_and_search_works_offline(browser, site) -> None
 
 def wait_for(browser, condition: str) -> None:
     end = time.monotonic() + 30
-    while not browser.evaluate(condition):
+    while True:
+        with contextlib.suppress(RuntimeError):  # the page has just gone
+            if browser.evaluate(condition):
+                return
         assert time.monotonic() < end, condition
         time.sleep(0.05)
 
