@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc) setup.py pyproject.toml
 SETTINGS := build=$(ADAMFUSED_BUILD) archs=$(ADAMFUSED_CUDA_ARCHS) debug=$(ADAMFUSED_DEBUG) cuda=$(CUDA_HOME)
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test build bench gpu-check lint format wheel clean
+.PHONY: FORCE help demo test build bench gpu-check docs lint format wheel clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' $(MAKEFILE_LIST) | awk -F: '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -37,6 +37,9 @@ bench: $(VENV)/with-test ## Measure what the project sets itself as targets, and
 # With this machine's own Python, whose torch has CUDA; it installs nothing.
 gpu-check: ## Build, test and measure on this machine's GPU; results in OUT (gpu-check/)
 	$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),gpu-check)
+
+docs: $(VENV)/with-docs ## Build the documentation as a site, build/docs/index.html
+	$(PY) -m sphinx -b html -c docs --fail-on-warning --keep-going --nitpicky $(ARGS) . build/docs
 
 lint: $(VENV)/with-dev ## Check style and types
 	$(PY) -m ruff check .

@@ -99,7 +99,7 @@ def step_in_backward(
 
 
 class StepInBackward:
-    """What :func:`step_in_backward` returns. As a context manager, it is removed at the end.
+    """What :func:`adamfused.step_in_backward` returns. As a context manager, it is removed at the end.
 
     Attributes:
         optimizer: for ``step()``, schedulers, checkpoints and edits of ``param_groups``. ``copy.deepcopy`` of it gives

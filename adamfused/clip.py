@@ -18,7 +18,7 @@ class Clipping(BaseOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients at the last step, before clipping and unscaled: 0-dim, float32 (float64 if the
+        """The norm of all gradients at the last step, before clipping and unscaled. 0-dim, float32 (float64 if the
         first parameter is), on the parameters' device. ``None`` before the first step and without
         ``max_grad_norm``."""
         return self._results.get("grad_norm")

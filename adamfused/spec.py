@@ -123,7 +123,7 @@ class Spec:
 
     @property
     def package(self) -> str:
-        """The package that it is from, with its version where it tells: ``"torch 2.13.0"``."""
+        """The package that it is from, with its version where it tells, such as ``"torch 2.13.0"``."""
         name = str(getattr(self.make_with, "__module__", "?")).partition(".")[0]
         version = getattr(sys.modules.get(name), "__version__", "")
         return f"{name} {version}".strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,16 @@ MODULES = (
     "bench.case",
     "bench.measure",
 )
-PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def is_of_a_class_that_is_not_here(page: Path) -> bool:
+    """The page of an optimizer has its name as its title."""
+    title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return page.match("optimizers/[a-z]*.md") and title not in adamfused.__all__
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if not is_of_a_class_that_is_not_here(page)]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -53,6 +63,32 @@ def test_examples_in_the_documentation() -> None:
     results = [doctest.testfile(str(page), module_relative=False) for page in PAGES]
     assert sum(result.attempted for result in results) >= 8
     assert sum(result.failed for result in results) == 0
+
+
+@pytest.mark.skipif(not PAGES, reason="the documentation is not beside these tests")
+@pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
+def test_every_optimizer_has_a_page_and_a_row_in_the_table(cls) -> None:
+    name = cls.__name__
+    page = DOCS / "optimizers" / f"{name.lower()}.md"
+    assert page in PAGES
+    assert f".. autoclass:: adamfused.{name}\n" in page.read_text(encoding="utf-8")
+    table = (DOCS / "optimizers" / "README.md").read_text(encoding="utf-8")
+    assert f"| [{name}]({page.name}) |" in table
+
+
+@pytest.mark.skipif(
+    not PAGES or "Lion" not in adamfused.__all__, reason="no documentation here, or no Lion"
+)
+def test_rule_of_the_walk_through_is_that_of_the_package() -> None:
+    page = (DOCS / "adding_an_optimizer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(cpp|python)\n(.*?)\n```", page, re.S)
+    files = {"cpp": "csrc/rules.h", "python": "adamfused/rules.py"}
+    compared = [
+        (kind, code) for kind, code in blocks if kind == "cpp" or "@with_extras" not in code
+    ]
+    assert len(compared) >= 4
+    for kind, code in compared:
+        assert code in (DOCS.parent / files[kind]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
