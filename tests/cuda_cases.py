@@ -69,11 +69,34 @@ class Item(NamedTuple):
     first: int = 0  # its first element's place in the whole parameter, of which it may be a shard
 
 
-STATES = {"rmsprop": "v", "rmsprop_momentum": "v buf", "rmsprop_centered": "v mean"}
-STATES |= {"rmsprop_centered_momentum": "v buf mean", "adam": "m v", "amsgrad": "m v top"}
-NEVER_NEGATIVE = ("v", "top")
+STATES = {"sgd": "", "sgd_momentum": "buf", "adagrad": "sum"}
+STATES |= {"rmsprop": "v", "rmsprop_momentum": "v buf", "rmsprop_centered": "v mean"}
+STATES |= {"rmsprop_centered_momentum": "v buf mean", "adadelta": "v u", "lion": "m"}
+STATES |= {"adam": "m v", "amsgrad": "m v top", "nadam": "m v", "radam": "m v"}
+NEVER_NEGATIVE = ("v", "top", "sum", "u")
 RULES = [Rule(name, averaged) for averaged in (False, True) for name in STATES]
 ADAM, AVERAGED_ADAM = Rule("adam"), Rule("adam", averaged=True)
+AVERAGED_NADAM = Rule("nadam", averaged=True)
+SGD_GROUPS = [
+    Group((0.0, 0.9, 0.0, 0.0, 0.0), 1e-2, None, 0.999),
+    Group((0.1, 0.3, 0.0, 1.0, 1.0), 0.1, torch.float32, 0.3),
+    Group((0.01, 0.9, 0.3, 0.0, 0.0), 1e-3, torch.float64, 0.75),
+]
+ADAGRAD_GROUPS = [
+    Group((0.0, 1e-10, 0.0, 0.0), 1e-2, None, 0.999),
+    Group((0.1, 1e-6, 0.1, 1.0), 0.1, torch.float32, 0.3),
+    Group((0.01, 0.0, 0.01, 0.0), 1e-3, torch.float64, 0.75),
+]
+ADADELTA_GROUPS = [
+    Group((0.9, 1e-6, 0.0, 0.0), 1.0, None, 0.999),
+    Group((0.3, 1e-3, 0.1, 1.0), 0.1, torch.float32, 0.3),
+    Group((1.0, 1e-6, 0.01, 0.0), 1e-2, torch.float64, 0.75),
+]
+LION_GROUPS = [
+    Group((0.9, 0.99, 0.0, 0.0), 1e-3, None, 0.999),
+    Group((0.3, 0.4, 0.1, 1.0), 0.1, torch.float32, 0.3),
+    Group((0.95, 0.98, 1.0, 0.0), 1e-2, torch.float64, 0.75),
+]
 RMSPROP_GROUPS = [
     Group((0.99, 1e-8, 0.0, 0.9, 0.0), 1e-2, None, 0.999),
     Group((0.3, 1e-6, 0.1, 0.2, 1.0), 0.1, torch.float32, 0.3),
@@ -84,11 +107,28 @@ ADAM_GROUPS = [
     Group((0.3, 0.95, 1e-8, 0.1, 0.0, 1.0, 1.0), 0.1, torch.float32, 0.3),
     Group((0.9, 0.99, 0.0, 0.1, 1.0, 0.0, 0.0), 1e-2, torch.float64, 0.75),
 ]
+RADAM_GROUPS = [group._replace(hyper=group.hyper[:-1]) for group in ADAM_GROUPS]
+NADAM_GROUPS = [
+    group._replace(hyper=(*group.hyper[:-1], 0.96**decay))
+    for group, decay in zip(ADAM_GROUPS, (4e-3, 0.1, 0.0), strict=True)
+]
+GROUPS = {"sgd": SGD_GROUPS, "sgd_momentum": SGD_GROUPS, "adagrad": ADAGRAD_GROUPS}
+GROUPS |= {"adadelta": ADADELTA_GROUPS, "lion": LION_GROUPS, "radam": RADAM_GROUPS}
+GROUPS |= {"adam": ADAM_GROUPS, "amsgrad": ADAM_GROUPS, "nadam": NADAM_GROUPS}
 FACTOR = 0.37  # exact in no format
 
 
 def groups_of(rule: Rule) -> list[Group]:
-    return ADAM_GROUPS if rule.name in ("adam", "amsgrad") else RMSPROP_GROUPS
+    return GROUPS.get(rule.name, RMSPROP_GROUPS)
+
+
+@functools.cache
+def carried_at(rule: str, hyper: tuple[float, ...], t: int) -> float:
+    """What a rule that carries a number has after t steps, kept in float32."""
+    if t == 0 or rule not in rules.CARRIED:
+        return 1.0
+    before = carried_at(rule, hyper, t - 1)
+    return float(np.float32(rules.CARRIED[rule](hyper, float(t), before)))
 
 
 def parts_of(rule: Rule) -> list[str]:
@@ -165,13 +205,17 @@ class Case:
         self.parts = [self.places_of(item) for item in items]
         self.copies = [place(i.numel, i.copy.rest, i.shifts[-1]) if i.copy else None for i in items]
         self.counts = [place(1, torch.float32) if i.on_device else None for i in items]
+        carries = rule.name in rules.CARRIED
+        self.carried = [place(1, torch.float32) if i.on_device and carries else None for i in items]
         self.rates = [place(1, g.lr_dtype) if g.lr_dtype else None for g in self.groups]
         self.factor_place, self.found_inf_place = place(1, torch.float64), place(1, torch.float32)
         self.keys = [formats.place_key(0, i) for i in range(len(items))]
 
         self.start = self.memory.rubbish()
         rng = np.random.default_rng(0)
-        for item, parts, count in zip(items, self.parts, self.counts, strict=True):
+        for item, parts, count, carried in zip(
+            items, self.parts, self.counts, self.carried, strict=True
+        ):
             for part in parts:
                 several = numbers(0.002 if part.beside else 0.02)
                 begin = int(rng.integers(len(several) - item.numel))
@@ -181,6 +225,8 @@ class Case:
                 )
             if count:
                 count.of(self.start).fill_(item.count)
+            if carried:
+                carried.of(self.start).fill_(self.carried_by(item, item.count))
         for group, rate in zip(self.groups, self.rates, strict=True):
             if rate:
                 rate.of(self.start).fill_(group.lr)
@@ -199,14 +245,19 @@ class Case:
             parts.append(Part(name, format, rest, beside))
         return parts
 
+    def carried_by(self, item: Item, t: int) -> float:
+        return carried_at(self.rule.name, self.groups[item.group].hyper, t)
+
     def made_there(self, item: Item) -> bool:
         """Whether the rule of a tensor is made on the device."""
         return item.on_device or self.factor is not None
 
     def moved_by_the_oracle(self) -> Tensor:
         memory = self.memory.copy_of(self.start)
-        several = zip(self.items, self.parts, self.copies, self.counts, self.keys, strict=True)
-        for item, places, copy, count, key in several:
+        several = zip(
+            self.items, self.parts, self.copies, self.counts, self.carried, self.keys, strict=True
+        )
+        for item, places, copy, count, beside, key in several:
             parts = [(part.format, *part.of(memory)) for part in places]
             group, rate = self.groups[item.group], self.rates[item.group]
             lr = float(rate.of(memory)) if rate and self.made_there(item) else group.lr
@@ -214,7 +265,11 @@ class Case:
                 if overflow:
                     continue
                 t = float(count.of(memory).add_(1)) if count else item.count + steps + 1
-                now = rules.Now(lr, t, 1.0 if self.factor is None else self.factor, group.ema_decay)
+                carried = self.carried_by(item, int(t))
+                if beside:
+                    beside.of(memory).fill_(carried)
+                factor = 1.0 if self.factor is None else self.factor
+                now = rules.Now(lr, t, factor, group.ema_decay, carried)
                 random = formats.Random.at_step(key, t, item.first)
                 move(self.rule, group.hyper, now, parts, copy and copy.of(memory), random)
         if self.found_inf[-1] is not None:
@@ -228,8 +283,9 @@ class Case:
         ctypes.memset(spans, 0xAB, ctypes.sizeof(spans))
         made: dict[tuple[int, float], int] = {}  # (group, count): index of a rule made on the host
         recipes: dict[tuple[int, float], int] = {}  # the same, of those made on the device
-        for span, item, parts, copy, count, key in zip(
-            spans, self.items, self.parts, self.copies, self.counts, self.keys, strict=True
+        for span, item, parts, copy, count, carried, key in zip(
+            *(spans, self.items, self.parts, self.copies, self.counts, self.carried, self.keys),
+            strict=True,
         ):
             span.data[:] = [None] * len(span.data)
             for k, part in enumerate(parts):
@@ -245,6 +301,7 @@ class Case:
             span.aligned = all(place.begin % 16 == 0 for place in used if place)
             span.numel, span.key, span.first = item.numel, key, item.first
             span.step = base + count.begin if count else None
+            span.carried = base + carried.begin if carried else None
             t = 1e6 if count else item.count + steps + 1  # the count on the device holds
             span.t = int(t)
             known = recipes if self.made_there(item) else made
@@ -254,7 +311,8 @@ class Case:
         for (j, t), i in made.items():
             hyper, lr, _, ema_decay = self.groups[j]
             to = ctypes.byref(prepared, size * i)
-            kernels.make(self.rule, self.in_double, hyper, rules.Now(lr, t, 1.0, ema_decay), to)
+            now = rules.Now(lr, t, 1.0, ema_decay, carried_at(self.rule.name, hyper, int(t)))
+            kernels.make(self.rule, self.in_double, hyper, now, to)
         job = Job(
             rule=self.rule.number,
             averaged=self.rule.averaged,
@@ -274,7 +332,9 @@ class Case:
     def recipe(self, group: int, t: float, base: int) -> Recipe:
         hyper, lr, dtype, ema_decay = self.groups[group]
         rate = self.rates[group]
-        recipe = Recipe(lr=1e30 if rate else lr, t=t, ema_decay=ema_decay, carried=1.0)
+        recipe = Recipe(lr=1e30 if rate else lr, t=t, ema_decay=ema_decay, carried=1e30)
+        if t < 1e6:
+            recipe.carried = carried_at(self.rule.name, hyper, int(t))
         recipe.hyper[: len(hyper)] = hyper
         recipe.lr_on_device = base + rate.begin if rate else None
         recipe.lr_is_double = dtype is torch.float64
@@ -289,11 +349,14 @@ class Case:
                     return [f"the launch failed: {error}"]
         other = (got != self.expected).numpy()
         found = []
-        several = zip(self.items, self.parts, self.copies, self.counts, strict=True)
-        for item, parts, copy, count in several:
+        several = zip(self.items, self.parts, self.copies, self.counts, self.carried, strict=True)
+        for item, parts, copy, count, carried in several:
             places = [(part.name, part.rest) for part in parts]
             places += [(f"what lies beside {part.name}", part.beside) for part in parts]
-            for what, place in [*places, ("the copy", copy), ("the count", count)]:
+            for what, place in [
+                *places,
+                *(("the copy", copy), ("the count", count), ("what is carried", carried)),
+            ]:
                 if place is None:
                     continue
                 wrong = other[place.begin : place.end]

@@ -33,19 +33,19 @@ FAULTS = {
     ),
     "no barrier after the rule is made": (
         STEP,
-        "entry.step, job.factor);\n      __syncthreads();",
-        "entry.step, job.factor);",
+        "entry, job.factor);\n      __syncthreads();",
+        "entry, job.factor);",
     ),
     "a barrier for some": (
         STEP,
         "if (made_here) {",
         "if (made_here && threadIdx.x < 32) {",
     ),
-    "counts stay": (STEP, "*job.entry[s].step += 1.0f", "*job.entry[s].step += 0.0f"),
+    "counts stay": (STEP, "*entry.step += 1.0f", "*entry.step += 0.0f"),
     "one count stays": (
         STEP,
-        "s < job.count && job.entry",
-        "s < job.count - 1 && job.entry",
+        "s >= job.count || job.entry",
+        "s >= job.count - 1 || job.entry",
     ),
     "counts on the device past the first block stay": (
         STEP,
@@ -94,7 +94,7 @@ FAULTS = {
         "now.t == 1 ? 0.0 : now.ema_decay",
         "now.ema_decay",
     ),
-    "the average's decay is lost": (STEP, "recipe.ema_decay}", "0.5}"),
+    "the average's decay is lost": (STEP, "recipe.ema_decay, carried}", "0.5, carried}"),
     "the factor is 1": (STEP, "factor != nullptr ? *factor : 1.0", "factor ? 1.0 : 1.0"),
     "the factor counts only with counts on the device": (
         STEP,
@@ -109,11 +109,11 @@ FAULTS = {
     "the count on the host is 1": (STEP, ": recipe.t;", ": 1.0;"),
     "the count on the device is the host's": (
         STEP,
-        "step != nullptr ? double(*step) : recipe.t",
+        "step != nullptr ? double(*entry.step) : recipe.t",
         "step != nullptr ? recipe.t : recipe.t",
     ),
     "tensors move in spite of an overflow": (STEP, "if (overflowed(job)) return;", ""),
-    "counts move in spite of an overflow": (STEP, " && !overflowed(job)) *", ") *"),
+    "counts move in spite of an overflow": (STEP, " || overflowed(job)) return;", ") return;"),
     "an overflow on two devices is none": (
         STEP,
         "*job.found_inf != 0.0f",
@@ -274,6 +274,26 @@ FAULTS = {
         "scales[at.block()] = scale[kState]",
     ),
     "scales by another tile": (PACKED, "return begin() / kBlock;", "return first / kBlock;"),
+}
+
+FAULTS_IN_WHAT_IS_CARRIED = {
+    "it stays": (STEP, "*entry.carried = float(", "(void)float("),
+    "it moves before the count": (
+        STEP,
+        "hyper, double(*entry.step),",
+        "hyper, double(*entry.step) - 1.0,",
+    ),
+    "it moves by another group's numbers": (
+        STEP,
+        "hyper_of<typename Rule::Hyper>(job.ready[entry.recipe].recipe)",
+        "hyper_of<typename Rule::Hyper>(job.ready[0].recipe)",
+    ),
+    "the host's is taken": (STEP, "carried = double(*entry.carried);", "(void)0;"),
+    "the first tensor's is taken": (
+        "cuda/step.cu",
+        "entry.carried = span.carried;",
+        "entry.carried = job.spans[0].carried;",
+    ),
 }
 
 FAULTS_IN_SUMS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
-KERNELS = {"step.cu": 2 * 6 * 4, "sum.cu": 3}
+KERNELS = {"step.cu": 2 * 13 * 4, "sum.cu": 3}
 """Of each file: rules, with an average and without, of four kinds; sums of squares and of numbers, the largest."""
 ARCHITECTURES = ("80", "90", "100", "120")
 
@@ -120,7 +120,8 @@ def test_the_aligned_path_moves_16_bytes_at_a_time(ptx: dict[str, Path]) -> None
     """A kernel that takes E elements a thread has one 16-byte access a part for the formats of 16/E bytes, and one for
     each 16 bytes of those of up to the arithmetic's; codes of 8 bits it moves 8 at a time."""
     states = {"RMSprop": 1, "RMSpropMomentum": 2, "RMSpropCentered": 2}
-    states |= {"RMSpropCenteredMomentum": 3, "Adam": 2, "AmsGrad": 3}
+    states |= {"RMSpropCenteredMomentum": 3, "Adam": 2, "AmsGrad": 3, "NAdam": 2, "RAdam": 2}
+    states |= {"SGD": 0, "SGDMomentum": 1, "Adagrad": 1, "Adadelta": 2, "Lion": 1}
     # bytes of f32 (two 16-byte accesses for E = 8), of 16-bit formats; f32; f64
     accesses_a_part = {("f", 8): 2 + 1, ("f", 4): 1, ("d", 4): 2}
     rule_of = (

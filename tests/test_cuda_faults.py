@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import AVERAGED_ADAM, FACTOR, ages, many, problems_of_a_huge_tensor
+from cuda_cases import AVERAGED_ADAM, AVERAGED_NADAM, FACTOR, ages, many, problems_of_a_huge_tensor
 from cuda_cases import seams as step_seams
-from cuda_faults import FAULTS, FAULTS_IN_SUMS
+from cuda_faults import FAULTS, FAULTS_IN_SUMS, FAULTS_IN_WHAT_IS_CARRIED
 from cuda_formats import BF16, CODE, SPLIT8
 from cuda_library import (
     CSRC,
@@ -61,6 +61,17 @@ def trials(kernels: Kernels) -> list[Trial]:
     return [*several, ({}, huge)]
 
 
+def trials_of_what_is_carried(kernels: Kernels) -> list[Trial]:
+    """The same for a rule that carries a number."""
+    rule = AVERAGED_NADAM
+    entries = kernels.about(rule, FLOATS).entries
+    cases = [
+        many(rule, FLOATS, entries, "mixed", None, (0.0, 2.0)),
+        many(rule, FLOATS, entries, "mixed", FACTOR),
+    ]
+    return [({}, case.problems) for case in cases]
+
+
 @functools.cache
 def trials_of_sums() -> list[Trial]:
     """The same for the kernels of sums."""
@@ -90,18 +101,18 @@ def first_problem(library: Library, several: list[Trial]) -> str:
     return "none"
 
 
-def build_small(folder: Path, *flags: str) -> Path:
-    return build(folder, "small", "-O0", "-DONLY=Adam", *flags)
+def build_small(folder: Path, *flags: str, rule: str = "Adam") -> Path:
+    return build(folder, "small", "-O0", f"-DONLY={rule}", *flags)
 
 
 def build_faulty(folder: Path, fault: str) -> Path:
-    name, old, new = (FAULTS | FAULTS_IN_SUMS)[fault]
+    name, old, new = (FAULTS | FAULTS_IN_WHAT_IS_CARRIED | FAULTS_IN_SUMS)[fault]
     text = (CSRC / name).read_text()
     assert text.count(old) == 1, f"{name} has changed: '{fault}' must be seeded in another way"
     shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("launch.cuh"))
     (folder / name).write_text(text.replace(old, new))
-    if fault in FAULTS:
-        return build_small(folder)
+    if fault not in FAULTS_IN_SUMS:
+        return build_small(folder, rule="Adam" if fault in FAULTS else "NAdam")
     return build(folder, "sums", "-O0", source="sum.cpp")
 
 
@@ -126,6 +137,17 @@ def test_a_seeded_fault_is_noticed(kernels: Kernels, faulty: Any, fault: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS_IN_WHAT_IS_CARRIED)
+def test_a_seeded_fault_in_what_is_carried_is_noticed(
+    kernels: Kernels, faulty: Any, fault: str
+) -> None:
+    library, several = faulty[fault].result(), trials_of_what_is_carried(kernels)
+    found = in_child(lambda: first_problem(Kernels(library), several))
+    print(fault, "->", found)
+    assert found != "none"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS_IN_SUMS)
 def test_a_seeded_fault_in_sums_is_noticed(faulty: Any, fault: str) -> None:
     library, several = faulty[fault].result(), trials_of_sums()
@@ -141,6 +163,13 @@ def test_no_fault_no_problem(kernels: Kernels, tmp_path: Path, version: int) -> 
     library = Kernels(build_small(tmp_path, f"-DCUDART_VERSION={version}"))
     assert (library.about(AVERAGED_ADAM, FLOATS).entries < 100) == (version == 12000)
     several = trials(kernels)
+    assert in_child(lambda: first_problem(library, several)) == "none"
+
+
+@pytest.mark.slow
+def test_no_fault_no_problem_in_what_is_carried(kernels: Kernels, tmp_path: Path) -> None:
+    library = Kernels(build_small(tmp_path, rule="NAdam"))
+    several = trials_of_what_is_carried(kernels)
     assert in_child(lambda: first_problem(library, several)) == "none"
 
 
