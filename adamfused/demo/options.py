@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "RAdam": {"lr": 1e-3},
     # Every weight moves by all of this in every step (only the sign of an average counts), where
     # Adam's weights mostly move by less: so a fraction of Adam's rate.
-    "Lion": {"lr": 1e-4},
+    "Lion": {"lr": 3e-4},
 }
 
 
@@ -81,7 +81,9 @@ def add_common(parser: argparse.ArgumentParser, demo: str, optimizers: Iterable[
         metavar="NAME",
         type=lambda text: names.get(text.lower(), text),
         choices=list(names.values()),
-        default=next(iter(names.values())),
+        # In lower case: for argparse, giving the very string of the default is giving nothing, and
+        # what excludes --optimizer would not.
+        default=next(iter(names)),
         help=f"{', '.join(names.values())} {SHOWN}",
     )
     options: list[tuple[str, str, Callable[[str], object], object, str]] = [
