@@ -53,4 +53,4 @@ for step, (inputs, targets) in enumerate(
         )
 
 with optimizer.swap_ema():
-    print(text.spell(write(model, text.validation[:CONTEXT], 400, CONTEXT, seed=0)))
+    print(text.spell(write(model, text.read("The statement "), 400, CONTEXT, seed=0)))

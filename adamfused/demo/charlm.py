@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from adamfused.demo import report
 from adamfused.demo.options import RECIPES, add_common, add_counts, optimizer, settings
-from adamfused.demo.train import Run, Task, train
+from adamfused.demo.train import Run, Task, equal_parts, train
 from adamfused.report import Column, Table, show
 
 HELP = "a character-level GPT on Python's manual, with 16, 14 and 8 bytes a weight"
@@ -28,7 +28,10 @@ BATCH = 32
 RATE = 3  # times the rate of the recipe: norms in every layer allow it, and there are few steps
 ROWS = 6  # of the table that grows during training
 CHECKED = 64  # pieces of the validation text that a row is measured on
-WRITTEN = 300  # characters
+PROMPT, WRITTEN = (
+    "The statement ",
+    300,
+)  # what it is given to go on from, and for how many characters
 
 # ---- The text ----------------------------------------------------------------------------------
 
@@ -39,6 +42,10 @@ class Text(NamedTuple):
     alphabet: str
     train: Tensor
     validation: Tensor
+
+    def read(self, string: str) -> Tensor:
+        """Return the numbers of the characters of ``string``, (N,) int64."""
+        return torch.tensor([self.alphabet.index(character) for character in string])
 
     def spell(self, numbers: Tensor) -> str:
         """Return the characters that ``numbers`` (N,) stand for."""
@@ -217,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for name, formats in FORMATS.items()
     }
-    rows = min(ROWS, args.steps)
+    rows = equal_parts(args.steps, ROWS)
     row_steps = args.steps // rows
     unit = ("step", row_steps)
     with report.Progress(
@@ -244,12 +251,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{report.picture(args.plot, title, panels)}")
 
     last, run = list(runs.items())[-1]
-    start = text.validation[:CONTEXT].to(how.device)
-    print(f"\nWritten by the model of '{last}', whose first {CONTEXT} characters were given:\n")
+    start = text.read(PROMPT).to(how.device)
+    print(f"\nWritten by the model of '{last}', from \"{PROMPT}\":\n")
     print(text.spell(write(run.model, start, WRITTEN, CONTEXT, how.seed)))
+    more = max(2000, 4 * args.steps)
     print(
-        f"\nAfter {args.steps:,} steps it knows the look of words. To let it learn more of them: --steps "
-        f"{max(2000, 4 * args.steps)}"
+        f"\nIn {args.steps:,} steps it learns the look of words. To let it learn more: --steps {more}"
     )
     return 0
 

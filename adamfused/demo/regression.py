@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 from adamfused.demo import report
 from adamfused.demo.options import add_common, add_counts, optimizer, settings
-from adamfused.demo.train import Run, Task, train
+from adamfused.demo.train import Run, Task, equal_parts, train
 from adamfused.report import Column, Table, show
 
 HELP = "a line through 100 points: what Adam's bias correction is for"
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     report.header(task, how, f"lr {LR:g}, seed {how.seed}, steps {args.steps}", args.backend)
     runs = {label: Run(task, how, made) for label, made in optimizers.items()}
     paths = {label: watched(run) for label, run in runs.items()}
-    rows = min(ROWS, args.steps)
+    rows = equal_parts(args.steps, ROWS)
     row_steps = args.steps // rows
     with report.Progress(
         task, runs, rows * row_steps, ("step", row_steps), [name, "uncorrected", "SGD"]

@@ -76,7 +76,7 @@ class Progress:
             f"  {head:>{width}}" for head, width in zip(heads or runs, self.widths, strict=True)
         )
         self.group = max(len(columns), *(len(title) + 2 for title in self.what))
-        print(f"{'':5}" + "".join(f"{title:>{self.group}}  " for title in self.what))
+        print(f"{'':5}" + "  ".join(f"{title:>{self.group}}" for title in self.what))
         print(f"{name:>5}" + f"{columns:>{self.group}}  " * len(self.what) + " time, s")
         self.start = time.perf_counter()
         self.bar: Any = None
@@ -220,13 +220,14 @@ class Bars:
 
 def losses(task: Task, runs: Mapping[str, Run], unit: Unit) -> Curves:
     """Return the training loss of the runs, step by step."""
+    every = [loss for run in runs.values() for loss in run.losses]
     each = "each step (faint), " if len(runs) <= FEW else ""
     return Curves(
         title=f"Training loss: {each}mean of {WINDOW} steps{' (bold)' if each else ''}",
         xlabel=step_label(unit),
         ylabel=f"training loss, {task.loss_unit}",
         curves={name: (range(1, len(run.losses) + 1), run.losses) for name, run in runs.items()},
-        log=True,
+        log=max(every) > 5 * min(every),
         smooth=True,
     )
 

@@ -66,6 +66,11 @@ def steps_per_epoch(task: Task, settings: Settings) -> int:
     return -(-len(task.train[0]) // settings.batch_size)
 
 
+def equal_parts(steps: int, at_most: int) -> int:
+    """Return into how many equal parts, at most so many, the steps of a training can be divided."""
+    return max(parts for parts in range(1, at_most + 1) if steps % parts == 0)
+
+
 def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yield index tensors of up to `batch_size` of `count` examples, reshuffled every pass."""
     generator = torch.Generator().manual_seed(seed)
