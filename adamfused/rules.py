@@ -122,6 +122,12 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((b > a) | (b != b), b, a)
 
 
+def sign(x: Tensor) -> Tensor:
+    """1, -1, or what is neither above nor below zero: a zero, or a NaN, which stays."""
+    one = torch.ones_like(x)
+    return torch.where(x > 0, one, torch.where(x < 0, -one, x))
+
+
 class SGD:
     """Stochastic gradient descent: Robbins & Monro 1951, as torch.optim has it."""
 
@@ -260,8 +266,7 @@ class Adadelta:
 
 
 class Lion:
-    """Lion: Chen et al. 2023 (arXiv:2302.06675), Algorithm 2. The sign of a NaN is a NaN, lest a broken gradient go
-    unseen."""
+    """Lion: Chen et al. 2023 (arXiv:2302.06675), Algorithm 2. Decay and update are added and rounded together."""
 
     states: ClassVar[int] = 1
 
@@ -274,11 +279,9 @@ class Lion:
 
     def __call__(self, p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         g = self.factor * g
-        move = average(m, g, self.w1)
-        move = torch.where(move > 0, self.lr, move)
-        move = torch.where(move < 0, -self.lr, move)
-        m = average(m, g, self.w2)
+        move = self.lr * sign(average(m, g, self.w1))
         p = p - (self.decay * p + move if self.decay != 0 else move)
+        m = average(m, g, self.w2)
         return p, m
 
 

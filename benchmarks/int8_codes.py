@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -27,13 +26,10 @@ from torch.nn.functional import cross_entropy, pad
 from torch.optim import Optimizer
 
 from adamfused import machine
-from adamfused.demo import data
+from adamfused.demo import charlm, data
 from adamfused.demo.mnist import small_cnn
 from adamfused.demo.train import batches
 from adamfused.formats import CODES, Code, Random, get, place_key, put, scales_shape
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import charlm  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = 4096  # parameters of fewer elements keep float32 moments
@@ -370,7 +366,7 @@ def digits(make: Make, seed: int, steps: int) -> float:
 
 
 def characters(make: Make, seed: int, steps: int) -> float:
-    """The GPT of examples/charlm.py on Python's manual; 825,856 parameters."""
+    """The demo's GPT on Python's manual; 825,856 parameters."""
     torch.manual_seed(seed)
     text = charlm.manual()
     model = charlm.GPT(len(text.alphabet), charlm.CONTEXT)

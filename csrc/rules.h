@@ -97,6 +97,13 @@ ADAMFUSED_HD N larger(N a, N b) {
   return ((b > a) | (b != b)) ? b : a;
 }
 
+// 1, -1, or what is neither above nor below zero: a zero, or a NaN, which stays.
+template <class N>
+ADAMFUSED_HD N sign(N x) {
+  const N zero{};
+  return x > zero ? zero + 1 : x < zero ? zero - 1 : x;
+}
+
 // Stochastic gradient descent: Robbins & Monro 1951, as torch.optim has it.
 struct SGDHyper {
   double weight_decay, momentum, dampening, nesterov, maximize;
@@ -289,7 +296,7 @@ struct Adadelta {
   }
 };
 
-// Lion: Chen et al. 2023 (arXiv:2302.06675), Algorithm 2. The sign of a NaN is a NaN, lest a broken gradient go unseen.
+// Lion: Chen et al. 2023 (arXiv:2302.06675), Algorithm 2. Decay and update are added and rounded together.
 struct LionHyper {
   double beta1, beta2, weight_decay, maximize;
 };
@@ -312,11 +319,9 @@ struct Lion {
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& m) const {
     g = factor * g;
-    N move = average(m, g, w1);
-    move = move > T(0) ? lr : move;
-    move = move < T(0) ? -lr : move;
-    m = average(m, g, w2);
+    N move = lr * sign(average(m, g, w1));
     p = p - (decay != T(0) ? decay * p + move : move);
+    m = average(m, g, w2);
   }
 };
 

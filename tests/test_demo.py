@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import adamfused
-from adamfused import backend, demo
+from adamfused import backend
 from adamfused.__main__ import main
 from adamfused.demo import data, report
+from adamfused.demo import mnist as mnist_demo
 from adamfused.demo.train import DataError, Run, Settings, Task, batches, differences
 
 
@@ -266,7 +267,7 @@ def test_demo_end_to_end(mnist, tmp_path, capsys, optimizer):
         assert our_loss == pytest.approx(torch_loss, rel=0.05)
         assert our_accuracy == pytest.approx(torch_accuracy, abs=10)
     assert rows[1][2] < rows[0][2]
-    name = demo.OPTIMIZERS[optimizer]
+    name = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}[optimizer]
     for package in ("torch.optim", "adamfused"):
         figures = next(line for line in lines if line.startswith(f"{package}.{name} ")).split()
         assert figures[-1] == "8" and float(figures[1].replace(",", "")) > 0
@@ -293,16 +294,16 @@ def test_demo_learns_with_the_reference_backend(mnist, tmp_path, capsys, monkeyp
 def stand_in_backends(monkeypatch, spoil):
     """Have both runs of the comparison use the reference backend, and `spoil` the weights of one."""
     monkeypatch.setattr(backend, "why_not_native", lambda device: None)
-    monkeypatch.setattr(demo, "PARITY_STEPS", 2)
-    original = demo.backend_weights
+    monkeypatch.setattr(mnist_demo, "PARITY_STEPS", 2)
+    original = mnist_demo.backend_weights
 
-    def weights_of(task, settings, name, lr, which):
-        weights = original(task, settings, name, lr, "reference")
+    def weights_of(task, settings, name, recipe, which):
+        weights = original(task, settings, name, recipe, "reference")
         if which == "reference":
             spoil(weights)
         return weights
 
-    monkeypatch.setattr(demo, "backend_weights", weights_of)
+    monkeypatch.setattr(mnist_demo, "backend_weights", weights_of)
 
 
 def flip_last_bit(weights):
@@ -426,7 +427,7 @@ def test_picture_shows_both_runs(mnist, tmp_path, monkeypatch):
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     pixels = image.imread(plot)[..., :3]
     assert pixels.shape[0] > 400 and pixels.shape[1] > 1000
-    for colour in report.COLOURS:  # each run in each half
+    for colour in report.COLOURS[:2]:  # each run in each half
         found = (np.abs(pixels - to_rgb(colour)) < 0.02).all(2)
         half = pixels.shape[1] // 2
         assert found[:, :half].sum() > 100 and found[:, half:].sum() > 100

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -30,14 +29,12 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import adamfused
-from adamfused.demo import data
+from adamfused.demo import charlm, data
 from adamfused.demo.mnist import small_cnn
 from adamfused.demo.train import DataError
 from adamfused.demo.train import batches as shuffled
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-charlm = pytest.importorskip("charlm", reason="needs the checkout")
 
 pytestmark = pytest.mark.reference
 
@@ -405,15 +402,3 @@ def test_loops_of_the_readme_train_the_same(near: tuple[Job, Run, Distance]) -> 
             averages.append([names["optimizer"].state[p]["ema"] for p in weights[-1]])
     assert euclidean(*weights) <= bound.weights
     assert euclidean(*averages) <= bound.averages
-
-
-@pytest.mark.parametrize("name", ["adamfused.AdamW", "adamfused.Adam", "adamfused.RMSprop"])
-def test_example_trains_draws_and_writes(name: str, tmp_path, capsys) -> None:
-    picture = tmp_path / "curves.png"
-    charlm.main(["--steps", "3", "--optimizer", name, "--plot", str(picture)])
-    shown = capsys.readouterr().out
-    (row,) = re.findall(r"^ +3 +([\d.]+) +([\d.]+) +([\d.]+) ", shown, re.MULTILINE)
-    _, of_weights, of_average = map(float, row)
-    assert of_weights < of_average < math.log(len(text().alphabet)) + 0.3  # it lags behind
-    assert shown.split("averaged weights:\n\n")[1].startswith(text().spell(text().validation[:64]))
-    assert picture.stat().st_size > 10_000

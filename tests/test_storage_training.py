@@ -17,11 +17,11 @@ from helpers import assert_same_bits, threads
 from torch import Tensor, nn
 
 from adamfused import AdamW, backend, fp32_weights
+from adamfused.demo import charlm
 from adamfused.formats import BLOCK
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-import charlm  # noqa: E402
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import int8_codes  # noqa: E402
 
 pytestmark = [
@@ -143,7 +143,7 @@ def test_24_bits_stay_as_near_as_24_bits_can() -> None:
 
 
 def characters(make: int8_codes.Make, seed: int, steps: int) -> float:
-    """The GPT of examples/charlm.py, at half its width and depth, on half its context."""
+    """The demo's GPT, at half its width and depth, on half its context."""
     torch.manual_seed(seed)
     text, context = charlm.manual(), charlm.CONTEXT // 2
     model = small_gpt(context)

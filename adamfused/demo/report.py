@@ -1,9 +1,11 @@
-"""What a demo shows: progress while it trains, tables and a picture at the end."""
+"""What a demo shows: progress while it trains, a table and a picture at the end."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,21 @@ import torch
 import adamfused
 from adamfused import backend
 from adamfused.demo.train import Run, Settings, Task
-from adamfused.report import optional
+from adamfused.report import COLOURS, LINESTYLES, Column, Table, figure, optional, save, show
 
-COLOURS = ("#56B4E9", "#B03A00")  # sky blue and dark vermilion: far apart in lightness too
 WINDOW = 11  # steps that the smoothed loss averages over, half before and half after
+Unit = tuple[str, int]  # rows are told in this, "epoch" or "step"; so many steps are between two
+FEW = 3  # so many runs are drawn and printed in full; of more, only what can be told apart
 
 
-def header(task: Task, settings: Settings, recipe: str) -> None:
-    """Print what is about to be trained, on what, with what."""
+def header(task: Task, settings: Settings, recipe: str, chosen: str | None) -> None:
+    """Print what is about to be trained, on what, with what; `chosen` is the `--backend`."""
     device = str(settings.device)
     if settings.device.type == "cuda":
         device = f"cuda ({torch.cuda.get_device_name(settings.device)})"
-    reference = backend.why_not_native(settings.device) or backend.choose(None) == "reference"
+    reference = (
+        backend.why_not_native(settings.device) or backend.choose(chosen) == "reference"
+    )  # choose() warns where it falls back
     weights = sum(p.numel() for p in task.model().parameters())
     rows = {
         "data": f"{task.data}: {len(task.train[0]):,} to train on, {len(task.test[0]):,} to test",
@@ -40,18 +45,39 @@ def header(task: Task, settings: Settings, recipe: str) -> None:
 
 
 class Progress:
-    """A table of loss and score that grows by a row an epoch, over a bar on a terminal with tqdm."""
+    """A table of loss and score that grows by a row an epoch, over a bar on a terminal with tqdm.
 
-    def __init__(self, task: Task, runs: dict[str, Run], steps: int) -> None:
-        """Print the head of the table; ``steps`` is how many each of the two runs will take."""
-        self.runs = list(runs.values())
-        loss, score = (
-            f"mean training loss, {task.loss_unit}",
-            f"{task.score_name}, {task.score_unit}",
+    Of many runs it shows the score only.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        runs: Mapping[str, Run],
+        steps: int,
+        unit: Unit,
+        heads: Sequence[str] = (),
+        every: int = 1,
+    ) -> None:
+        """Print the head of the table.
+
+        ``steps`` is how many each run will take, and ``heads`` are short names of the runs. There is
+        a row for every ``every``-th epoch.
+        """
+        self.runs, self.every = list(runs.values()), every
+        name, size = unit
+        self.stride = size if name == "step" else 1
+        self.what = {f"{task.score_name}, {task.score_unit}": "scores"}
+        if len(runs) <= FEW:
+            self.what = {f"mean training loss, {task.loss_unit}": "epoch_losses"} | self.what
+        self.percent = task.score_unit == "%"
+        self.widths = [max(7, len(head)) for head in heads or runs]
+        columns = "".join(
+            f"  {head:>{width}}" for head, width in zip(heads or runs, self.widths, strict=True)
         )
-        print(f"{'':5}  {loss:>26}    {score:>26}")
-        first, second = packages(runs)
-        print("epoch" + f"  {first:>12}  {second:>12}  " * 2 + "   time, s")
+        self.group = max(len(columns), *(len(title) + 2 for title in self.what))
+        print(f"{'':5}" + "  ".join(f"{title:>{self.group}}" for title in self.what))
+        print(f"{name:>5}" + f"{columns:>{self.group}}  " * len(self.what) + " time, s")
         self.start = time.perf_counter()
         self.bar: Any = None
         tqdm = optional("tqdm")
@@ -68,85 +94,182 @@ class Progress:
             self.bar.close()
 
     def step(self) -> None:
-        """Count one more step of both runs."""
+        """Count one more step of all runs."""
         if self.bar is not None:
             self.bar.update()
 
     def epoch(self) -> None:
-        """Print the row of the epoch that both runs just ended."""
-        losses = "  ".join(f"{run.epoch_losses[-1]:>12.4f}" for run in self.runs)
-        scores = "  ".join(f"{run.scores[-1]:>12.2f}" for run in self.runs)
-        seconds = time.perf_counter() - self.start
-        row = f"{len(self.runs[0].scores):>5}  {losses}    {scores}  {seconds:>10.1f}"
+        """Print the row of the epoch that all runs just ended."""
+        if len(self.runs[0].scores) % self.every:
+            return
+        row = f"{len(self.runs[0].scores) * self.stride:>5}"
+        for kind in self.what.values():
+            digits = 2 if kind == "scores" and self.percent else 4
+            cells = (
+                f"  {getattr(run, kind)[-1]:>{width}.{digits}f}"
+                for run, width in zip(self.runs, self.widths, strict=True)
+            )
+            row += f"{''.join(cells):>{self.group}}  "
+        row += f"{time.perf_counter() - self.start:>8.1f}"
         if self.bar is not None:
             self.bar.write(row, file=sys.stdout)
         else:
             print(row, flush=True)
 
 
-def packages(runs: dict[str, Run]) -> list[str]:
-    """Return the package of each run's optimizer."""
-    return [name.split(".")[0] for name in runs]
+def results(task: Task, runs: Mapping[str, Run]) -> None:
+    """Print how each run ended, and what its optimizer took."""
+    columns = [
+        Column("", left=True),
+        Column("loss", task.loss_unit),
+        Column(task.score_name, task.score_unit),
+        Column("step()", "median, us"),
+        Column("step()", "sum, ms"),
+        Column("state", "B/weight"),
+        Column("steps"),
+    ]
+    rows = [
+        [
+            name,
+            f"{run.epoch_losses[-1]:.4f}",
+            f"{run.scores[-1]:.{2 if task.score_unit == '%' else 4}f}",
+            f"{run.median_us():,.0f}",
+            f"{sum(run.step_seconds) * 1e3:,.1f}",
+            f"{run.state_bytes():.2f}",
+            f"{len(run.losses):,}",
+        ]
+        for name, run in runs.items()
+    ]
+    print()
+    show(Table("Results", columns, rows))
 
 
-def times(runs: dict[str, Run]) -> None:
-    """Print the time in ``step()`` of torch's run and of ours."""
-    print(f"\n{'time in step()':<19}{'median, us':>14}{'sum, ms':>14}{'steps':>10}")
-    for name, run in runs.items():
-        total = sum(run.step_seconds) * 1e3
-        print(f"{name:<19}{run.median_us():>14,.0f}{total:>14,.1f}{len(run.step_seconds):>10,}")
-    theirs, ours = (run.median_us() for run in runs.values())
-    pair = " / ".join(packages(runs))
-    print(f"ratio of the medians, {pair}, each as it comes: {theirs / ours:.2f}")
+# ---- The picture -------------------------------------------------------------------------------
+
+Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
-def smoothed(values: list[float]) -> npt.NDArray[np.float64]:
+@dataclass
+class Curves:
+    """One half (or third) of a picture: a curve for each run.
+
+    With `smooth` the mean of `WINDOW` steps is drawn, over a faint line of all where the runs are few.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: Mapping[str, Curve]
+    log: bool = False
+    smooth: bool = False
+    marker: str = ""
+
+    def draw(self, axes: Any) -> None:
+        """Draw into matplotlib's `axes`."""
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+        few = len(self.curves) <= FEW
+        # Few runs may nearly coincide: each is thinner than the one below it, and dashed otherwise.
+        widths = np.linspace(4.0, 1.6, len(self.curves)) if few else [1.8] * len(self.curves)
+        for i, (label, (x, y)) in enumerate(self.curves.items()):
+            width, colour = float(widths[i]), COLOURS[i % len(COLOURS)]
+            line = {"color": colour, "linestyle": LINESTYLES[i % len(LINESTYLES)]}
+            if self.smooth and few:
+                axes.plot(x, y, color=colour, linewidth=width / 3, alpha=0.3)
+            axes.plot(
+                x,
+                smoothed(y) if self.smooth else y,
+                **line,
+                linewidth=width,
+                label=label,
+                marker=self.marker,
+                markersize=2.5 * width**0.8,
+            )
+        axes.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
+        if self.log:
+            axes.set(ylabel=f"{self.ylabel} (log scale)", yscale="log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+@dataclass
+class Bars:
+    """One part of a picture: a bar for each run, in the colour of its curves, with its number."""
+
+    title: str
+    unit: str
+    values: Mapping[str, float]
+    digits: int = 1
+
+    def draw(self, axes: Any) -> None:
+        """Draw into matplotlib's `axes`."""
+        colours = [COLOURS[i % len(COLOURS)] for i in range(len(self.values))]
+        bars = axes.barh(list(self.values), list(self.values.values()), color=colours, height=0.6)
+        axes.bar_label(bars, fmt=f"{{:,.{self.digits}f}}", padding=3)
+        axes.invert_yaxis()  # the first on top
+        axes.margins(x=0.18)  # room for the numbers
+        axes.set(title=self.title, xlabel=self.unit)
+        axes.grid(alpha=0.3, axis="x")
+        axes.set_axisbelow(True)
+
+
+def losses(task: Task, runs: Mapping[str, Run], unit: Unit) -> Curves:
+    """Return the training loss of the runs, step by step."""
+    every = [loss for run in runs.values() for loss in run.losses]
+    each = "each step (faint), " if len(runs) <= FEW else ""
+    return Curves(
+        title=f"Training loss: {each}mean of {WINDOW} steps{' (bold)' if each else ''}",
+        xlabel=step_label(unit),
+        ylabel=f"training loss, {task.loss_unit}",
+        curves={name: (range(1, len(run.losses) + 1), run.losses) for name, run in runs.items()},
+        log=max(every) > 5 * min(every),
+        smooth=True,
+    )
+
+
+def scores(task: Task, runs: Mapping[str, Run], unit: Unit) -> Curves:
+    """Return the score of the runs, epoch by epoch."""
+    name, size = unit
+    count = len(next(iter(runs.values())).scores)
+    stride = size if name == "step" else 1
+    after = f"every {size} steps" if name == "step" else "after each epoch"
+    return Curves(
+        title=f"{task.score_name.capitalize()} {after}",
+        xlabel=name,
+        ylabel=f"{task.score_name}, {task.score_unit}",
+        curves={
+            label: (range(stride, stride * (count + 1), stride), run.scores)
+            for label, run in runs.items()
+        },
+        marker="o" if count <= 20 else "",
+    )
+
+
+def step_label(unit: Unit) -> str:
+    """Return what stands below an axis of steps."""
+    return "step" if unit[0] == "step" else f"step ({unit[1]} steps are an epoch)"
+
+
+def smoothed(values: Sequence[float]) -> npt.NDArray[np.float64]:
     """Return the mean of `values` (steps,) in a window around each, cut off at both ends."""
     half = WINDOW // 2
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def picture(path: Path, title: str, task: Task, runs: dict[str, Run], epoch_steps: int) -> str:
-    """Draw both runs over each other into `path` and return the line to print about it."""
+def picture(path: Path, title: str, columns: Sequence[Sequence[Curves | Bars]]) -> str:
+    """Draw panels side by side, those of a column below one another, and return the line to print."""
     if optional("matplotlib") is None:
         return "No picture: matplotlib is not here (pip install matplotlib)."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(title)
-    first = next(iter(runs.values()))
-    steps, epochs = (np.arange(1, n + 1) for n in (len(first.losses), len(first.scores)))
-    # The runs nearly coincide: the second is drawn thin and dashed on top of the first.
-    for (label, run), colour, style, width in zip(
-        runs.items(), COLOURS, ("-", "--"), (4.0, 1.6), strict=True
-    ):
-        line = {"color": colour, "linestyle": style, "linewidth": width, "label": label}
-        left.plot(steps, run.losses, color=colour, linewidth=width / 3, alpha=0.3)
-        left.plot(steps, smoothed(run.losses), **line)
-        right.plot(epochs, run.scores, **line, marker="o", markersize=2.5 * width**0.8)
-    left.set(
-        xlabel=f"step ({epoch_steps} steps are an epoch)",
-        ylabel=f"training loss, {task.loss_unit} (log scale)",
-        title=f"Training loss: each step (faint), mean of {WINDOW} steps (bold)",
-        yscale="log",
-    )
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    left.yaxis.set_minor_locator(NullLocator())
-    right.set(
-        xlabel="epoch",
-        xlim=(0.5, len(epochs) + 0.5),
-        ylabel=f"{task.score_name}, {task.score_unit}",
-        title=f"{task.score_name.capitalize()} after each epoch",
-    )
-    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    left.legend(loc="upper right")
-    right.legend(loc="center right")
-    figure.savefig(path, dpi=130)
-    return f"Curves of both runs: {path}"
+    drawn = figure(5.5 * len(columns), 4.8)
+    drawn.suptitle(title)
+    for i, column in enumerate(columns):
+        grid = drawn.add_gridspec(1, len(columns))[i].subgridspec(len(column), 1)
+        for j, panel in enumerate(column):
+            panel.draw(drawn.add_subplot(grid[j]))
+    save(drawn, path)
+    return f"Picture: {path}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 SCORE_CHUNK = 500  # test examples in one forward pass, so that a big test set needs little memory
 
@@ -19,13 +20,23 @@ class DataError(Exception):
     """The data of a demo is missing or malformed; the message says what to do about it."""
 
 
+class UsageError(Exception):
+    """Options that do not go together; the message names them."""
+
+
+def all_parameters(model: nn.Module) -> list[Any]:
+    """Return the model's parameters, as one group."""
+    return list(model.parameters())
+
+
 @dataclass(frozen=True)
 class Task:
     """A model and its data.
 
     `train` and `test` are (inputs, targets) with the examples in dimension 0. `loss` takes
     (outputs, targets) and returns the batch's mean as a 0-d tensor; `score` takes the outputs and
-    targets of the whole test set and returns one number in `score_unit`.
+    targets of the whole test set and returns one number in `score_unit`. `groups` gives an
+    optimizer what it is to train.
     """
 
     data: str
@@ -38,6 +49,7 @@ class Task:
     score: Callable[[Tensor, Tensor], float]
     score_name: str
     score_unit: str
+    groups: Callable[[nn.Module], list[Any]] = all_parameters
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ def steps_per_epoch(task: Task, settings: Settings) -> int:
     return -(-len(task.train[0]) // settings.batch_size)
 
 
+def equal_parts(steps: int, at_most: int) -> int:
+    """Return into how many equal parts, at most so many, the steps of a training can be divided."""
+    return max(parts for parts in range(1, at_most + 1) if steps % parts == 0)
+
+
 def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yield index tensors of up to `batch_size` of `count` examples, reshuffled every pass."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,24 +81,27 @@ def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 class Run:
     """One training run of a task from the settings' seed, taken a step at a time.
 
-    ``losses`` and ``step_seconds`` (the time in ``optimizer.step()``) have one entry a step,
-    ``epoch_losses`` (means) and ``scores`` one an epoch.
+    ``losses``, ``rates`` (the learning rate) and ``step_seconds`` (the time in
+    ``optimizer.step()``) have one entry a step, ``epoch_losses`` (means) and ``scores`` one an epoch.
     """
 
     def __init__(
         self,
         task: Task,
         settings: Settings,
-        optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        optimizer_of: Callable[[list[Any]], torch.optim.Optimizer],
+        schedule_of: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     ) -> None:
-        """Make the model and, with ``optimizer_of`` its parameters, the optimizer."""
+        """Make the model, with ``optimizer_of`` its parameters the optimizer, and its schedule if any."""
         self.task, self.settings = task, settings
         torch.manual_seed(settings.seed)
         self.model = task.model().to(settings.device)
-        self.optimizer = optimizer_of(list(self.model.parameters()))
+        self.optimizer = optimizer_of(task.groups(self.model))
+        self.schedule = schedule_of(self.optimizer) if schedule_of else None
         self.inputs, self.targets = (t.to(settings.device) for t in task.train)
         self.order = batches(len(self.inputs), settings.batch_size, settings.seed)
         self.losses: list[float] = []
+        self.rates: list[float] = []
         self.step_seconds: list[float] = []
         self.epoch_losses: list[float] = []
         self.scores: list[float] = []
@@ -94,7 +114,10 @@ class Run:
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(self.inputs[chosen]), self.targets[chosen])
         loss.backward()
+        self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
         self.step_seconds.append(timed_step(self.optimizer, self.settings.device))
+        if self.schedule is not None:
+            self.schedule.step()
         self.losses.append(loss.item())
 
     def end_epoch(self) -> None:
@@ -110,6 +133,42 @@ class Run:
     def median_us(self) -> float:
         """Return the median time in ``optimizer.step()``, microseconds."""
         return median(self.step_seconds) * 1e6
+
+    def state_bytes(self) -> float:
+        """Return the bytes that the optimizer keeps for each weight, step counts left out."""
+        kept = sum(
+            value.nbytes
+            for state in self.optimizer.state.values()
+            for name, value in state.items()
+            if isinstance(value, Tensor) and name != "step"
+        )
+        return kept / sum(p.numel() for p in self.model.parameters())
+
+
+class Watcher(Protocol):
+    """Is told of each step and of each epoch of the runs."""
+
+    def step(self) -> None:
+        """Hear that every run took a step."""
+
+    def epoch(self) -> None:
+        """Hear that every run ended an epoch."""
+
+
+def train(runs: Iterable[Run], epochs: int, epoch_steps: int, watcher: Watcher) -> None:
+    """Train the runs, which take turns step by step.
+
+    So whatever else the machine does slows down all of them alike.
+    """
+    runs = list(runs)
+    for _ in range(epochs):
+        for _ in range(epoch_steps):
+            for run in runs:
+                run.step()
+            watcher.step()
+        for run in runs:
+            run.end_epoch()
+        watcher.epoch()
 
 
 def timed_step(optimizer: torch.optim.Optimizer, device: torch.device) -> float:

@@ -32,6 +32,23 @@ constexpr int kRecipes = 5, kSteps = 3;
 constexpr double kLr[kRecipes] = {1e-3, 1e-2, 0.3, 1.0, 1e-4};
 constexpr double kFactor[kRecipes] = {1, 0x1p-16, 0.37, 1, 1e-3};
 constexpr double kEmaDecay[kRecipes] = {0.999, 0.9, 0.3, 0, 1};
+constexpr double kSGD[kRecipes][5] = {
+    {0, 0.9, 0, 0, 0}, {0.01, 0.9, 0.3, 0, 1}, {0.1, 0.3, 0, 1, 0}, {0, 0.5, 0, 1, 0}, {0.1, 0.99, 0, 1, 1},
+};
+constexpr double kAdagrad[kRecipes][4] = {
+    {0, 1e-10, 0, 0}, {0.1, 1e-6, 0.01, 1}, {0, 0, 0, 0}, {1, 1e-8, 0, 0}, {0.01, 1e-10, 0.1, 0},
+};
+constexpr double kAdadelta[kRecipes][4] = {
+    {0.9, 1e-6, 0, 0}, {0.95, 1e-3, 0.01, 1}, {0.3, 1e-6, 0, 0}, {1, 1e-6, 0, 0}, {0, 1e-6, 0.1, 0},
+};
+constexpr double kLion[kRecipes][4] = {
+    {0.9, 0.99, 0, 0}, {0.95, 0.98, 0.1, 1}, {0.3, 0.4, 0, 0}, {0, 0, 1, 0}, {0.3, 0.99, 0.1, 0},
+};
+constexpr double kNAdam[kRecipes][7] = {
+    {0.9, 0.999, 1e-8, 0, 0, 0, 0.9998},  {0.9, 0.999, 1e-8, 0.01, 1, 0, 0.996},
+    {0.3, 0.95, 1e-8, 0.1, 0, 1, 1},      {0, 0, 0, 0, 0, 0, 0.9},
+    {0.95, 0.4, 1e-6, 0.1, 1, 1, 0.9998},
+};
 constexpr double kRMSprop[kRecipes][5] = {
     {0.99, 1e-8, 0, 0.9, 0}, {0.9, 1e-6, 0.01, 0, 1},     {0.3, 1e-8, 0, 0.3, 0},
     {0, 0, 0, 0.5, 0},       {0.999, 1e-8, 0.1, 0.99, 0},
@@ -40,6 +57,12 @@ constexpr double kAdam[kRecipes][7] = {
     {0.9, 0.999, 1e-8, 0, 0, 0, 1}, {0.9, 0.999, 1e-8, 0.01, 1, 0, 1}, {0.3, 0.95, 1e-8, 0.1, 0, 1, 1},
     {0, 0, 0, 0, 0, 0, 0},          {0.95, 0.4, 1e-6, 0.1, 1, 1, 0},
 };
+const void* recipe(const host::SGDHyper&, int i) { return kSGD[i]; }
+const void* recipe(const host::AdagradHyper&, int i) { return kAdagrad[i]; }
+const void* recipe(const host::AdadeltaHyper&, int i) { return kAdadelta[i]; }
+const void* recipe(const host::LionHyper&, int i) { return kLion[i]; }
+const void* recipe(const host::NAdamHyper&, int i) { return kNAdam[i]; }
+const void* recipe(const host::RAdamHyper&, int i) { return kAdam[i]; }
 const void* recipe(const host::RMSpropHyper&, int i) { return kRMSprop[i]; }
 const void* recipe(const host::AdamHyper&, int i) { return kAdam[i]; }
 
@@ -49,7 +72,7 @@ std::vector<char> prepare(int step) {
   for (int i = 0; i < kRecipes; ++i) {
     typename Rule::Hyper hyper;
     memcpy(&hyper, recipe(hyper, i), sizeof hyper);
-    Rule rule = Rule::prepare(hyper, {kLr[i], double(step), kFactor[i], kEmaDecay[i]});
+    Rule rule = Rule::prepare(hyper, {kLr[i], double(step), kFactor[i], kEmaDecay[i], 0.7});
     memcpy(&made[size_t(i) * sizeof rule], &rule, sizeof rule);
   }
   return made;
@@ -57,7 +80,7 @@ std::vector<char> prepare(int step) {
 
 // What one number of a slot is: a number by itself, or raw bits.
 struct Kind {
-  size_t size = 0;  // 0: there is none
+  size_t size = 0;                       // 0: there is none
   void (*put)(void*, double) = nullptr;  // null: raw bits
   uint64_t (*bits)(const void*) = nullptr;
 };
@@ -91,14 +114,14 @@ const struct RuleFacts {
   uint32_t never_negative;
   std::vector<char> (*prepare[2])(int step);
 } kRuleFacts[kRules][2] = {
-#define ROW(R, name)                                           \
-  {{name,                                                      \
-    host::R<float>::states,                                    \
-    host::R<float>::never_negative,                            \
-    {prepare<host::R<float>>, prepare<host::R<double>>}},      \
-   {name " averaged",                                          \
-    host::R<float>::states + 1,                                \
-    host::R<float>::never_negative,                            \
+#define ROW(R, name)                                      \
+  {{name,                                                 \
+    host::R<float>::states,                               \
+    host::R<float>::never_negative,                       \
+    {prepare<host::R<float>>, prepare<host::R<double>>}}, \
+   {name " averaged",                                     \
+    host::R<float>::states + 1,                           \
+    host::R<float>::never_negative,                       \
     {prepare<host::Averaged<host::R, float>>, prepare<host::Averaged<host::R, double>>}}},
     ADAMFUSED_RULES(ROW)
 #undef ROW
@@ -121,7 +144,8 @@ const struct FormatFacts {
     {"SignedCode", raw<int8_t>(), number<host::F32>()},
     {"UnsignedCode", raw<uint8_t>(), number<host::F32>()},
 };
-static_assert(sizeof kFormatFacts / sizeof *kFormatFacts == kFormats, "every format, in the order of ADAMFUSED_FORMATS");
+static_assert(sizeof kFormatFacts / sizeof *kFormatFacts == kFormats,
+              "every format, in the order of ADAMFUSED_FORMATS");
 constexpr int kNumberFormats = 4, kParamFormats = int(FormatId::SignedCode);
 
 uint64_t seed;
