@@ -30,6 +30,7 @@ build: $(VENV)/with-test ## Make .venv, and build the kernels in place
 
 bench: $(VENV)/with-test ## Measure what the project sets itself as targets, and renew benchmarks/results/
 	$(PY) benchmarks/targets.py --json benchmarks/results/targets.json $(ARGS)
+	$(PY) benchmarks/family.py --json benchmarks/results/family.json $(ARGS)
 	$(PY) benchmarks/one_pass.py $(ARGS)
 	$(PY) benchmarks/formats.py $(ARGS)
 	$(PY) benchmarks/backward_memory.py --json benchmarks/results/backward_memory.json

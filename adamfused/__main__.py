@@ -31,9 +31,7 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="adamfused", description="Fused Adam, AdamW and RMSprop for PyTorch."
-    )
+    parser = argparse.ArgumentParser(prog="adamfused", description="Fused optimizers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"adamfused {adamfused.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():

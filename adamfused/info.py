@@ -20,7 +20,7 @@ from .report import Column, Table, show
 
 HELP = "say what is installed, which backend runs where and why, and test one step of each"
 VARIABLES = ("ADAMFUSED_BACKEND", "ADAMFUSED_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-OPTIMIZERS = ("Adam", "AdamW", "RMSprop")
+OPTIMIZERS = tuple(name for name in adamfused.__all__ if isinstance(getattr(adamfused, name), type))
 DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.complex64, torch.complex128),
@@ -113,14 +113,16 @@ def _uses() -> Iterator[Use]:
 
 
 def _one_step(optimizer: str, device: str, dtype: torch.dtype, chosen: str) -> str:
-    """Whether a step has the reference's bits. 1,025 elements: whole tiles and a tail."""
+    """Whether a step has the reference's bits. 1,025 elements: whole tiles and a tail.
+
+    With a large learning rate, because Adadelta's first step would not move a bfloat16."""
     start, grad = (torch.sin(k * torch.arange(1.0, 1026.0)).to(dtype) for k in (1, 2))
     results = []
     try:
         for place, name in ((device, chosen), ("cpu", "reference")):
             p = start.clone().to(place).requires_grad_()
             p.grad = grad.to(place)
-            getattr(adamfused, optimizer)([p], lr=0.1, weight_decay=0.1, backend=name).step()
+            getattr(adamfused, optimizer)([p], lr=10.0, weight_decay=0.01, backend=name).step()
             results.append(p.detach().cpu())
     except Exception as error:
         return f"FAIL {type(error).__name__}: {error}"

@@ -409,7 +409,9 @@ def captured(step: Callable[[], Any], first: Callable[[], Any]) -> torch.cuda.CU
 
 
 @pytest.mark.parametrize("options", [{}, WHOLE], ids=["plain", "whole"])
-@pytest.mark.parametrize("name", ["adam", "adamw", "adamw-amsgrad", "rmsprop-all"])
+@pytest.mark.parametrize(
+    "name", ["adam", "adamw", "adamw-amsgrad", "rmsprop-all", "sgd-nesterov", "nadam"]
+)
 def test_graph_replayed_a_hundred_times(name, options) -> None:
     """A step in a graph reads the learning rate, the counts and the gradients, and leaves the norm, anew each time."""
     make, kwargs = CASES[name]
