@@ -18,7 +18,7 @@ from helpers import assert_same_bits, threads
 from test_formats import CPU, HALVES, float_of, neighbour, sample, value
 from torch import Tensor
 
-from adamfused import AdamW, fp32_weights
+from adamfused import Adagrad, AdamW, formats, fp32_weights
 from adamfused.formats import Random, place_key, put
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -265,3 +265,29 @@ def test_the_bits_do_not_depend_on_threads() -> None:
         assert_same_bits(a, b)
     with pytest.raises(AssertionError):
         assert_same_bits(ends[0][0], other.detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "grows"),
+    [
+        ({"state_dtype": torch.bfloat16}, False),
+        ({"state_dtype": torch.bfloat16, "stochastic_rounding": True}, True),
+        ({"state_dtype": "int8"}, True),
+    ],
+    ids=["to nearest", "at random", "int8"],
+)
+def test_a_sum_of_ones_in_few_bits(options, grows) -> None:
+    """Rounded to nearest it stands still at 2^8. At random it is 1,000 on average: 4,096 sums spread by up to 70, so
+    that their mean is within 6 standard deviations of it at 6.6."""
+    p = torch.nn.Parameter(torch.zeros(4096))
+    p.grad = torch.ones_like(p)
+    optimizer = Adagrad([p], **options)
+    for _ in range(1000):
+        optimizer.step()
+    state = optimizer.state[p]
+    sums = formats.get(state["sum"], torch.float32, state.get("sum_scale"))
+    if not grows:
+        assert (sums == 256).all()
+        return
+    assert sums.std() < 70
+    assert abs(float(sums.mean()) - 1000) < 6 * 70 / 64
