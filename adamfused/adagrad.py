@@ -27,7 +27,7 @@ class Adagrad(FusedOptimizer):
         p &\leftarrow p - \frac{\gamma}{1 + (t-1)\eta} \cdot \frac{g}{\sqrt{s} + \epsilon}
 
     Duchi, Hazan & Singer 2011, Journal of Machine Learning Research 12. Torch makes the states with the optimizer,
-    here they are made by the first step.
+    here they are made by the first step, or by :meth:`share_memory`.
 
     A sum that only grows stands still when it is rounded to nearest and 2^8 (bfloat16) or 2^11 (float16) times what is
     added; with such a ``state_dtype``, set ``stochastic_rounding``, with which it grows as it should on average.
@@ -111,3 +111,12 @@ class Adagrad(FusedOptimizer):
 
     def _begins_with(self, group: Mapping[str, Any], key: str) -> float:
         return float(group["initial_accumulator_value"]) if key == "sum" else 0.0
+
+    def share_memory(self) -> None:
+        """Puts the sums into memory that processes share, as ``torch.optim.Adagrad`` does, for several that train one
+        model without locks. Makes the states that the first step would make."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state.get(p):
+                    self.state[p] = self._new_state(p, group, self._full_plan(group))
+                self.state[p]["sum"].share_memory_()

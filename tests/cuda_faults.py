@@ -54,32 +54,32 @@ FAULTS = {
     ),
     "a double learning rate read as float": (STEP, "recipe.lr_is_double ?", "false ?"),
     "a place is kept for the next launch": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "for (int32_t i : used) place[size_t(i)] = -1;",
         "",
     ),
     "a recipe's place is kept": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "for (int32_t i : recipe_used) recipe_place[size_t(i)] = -1;",
         "",
     ),
     "rules and recipes share places": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "(made_there ? recipe_place : place)",
         "(place)",
     ),
     "the last tensor says whether counts move": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "advance |= span.step != nullptr",
         "advance = span.step != nullptr",
     ),
     "an empty tensor's count stays": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "span.numel == 0 && span.step == nullptr",
         "span.numel == 0",
     ),
     "the first tensor's alignment": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "entry.aligned = span.aligned",
         "entry.aligned = job.spans[0].aligned",
     ),
@@ -102,7 +102,7 @@ FAULTS = {
         "entry.step != nullptr",
     ),
     "rules are packed where there is a factor": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "span.step != nullptr || job.factor != nullptr",
         "span.step != nullptr",
     ),
@@ -148,8 +148,8 @@ FAULTS = {
     "wide numbers in a row": (PACKED, "if (at.has(j)) to[j * at.step()]", "if (at.has(j)) to[j]"),
     "the round leaves some out": (STEP, "i += kThreads * E)", "i += 2 * kThreads * E)"),
     "warps split": (STEP, "i / warp * warp < n", "i + 0 * warp < n"),
-    "whole tiles only": ("cuda/step.cu", "(span.numel + tile - 1) / tile", "span.numel / tile"),
-    "tiles of twice the size": ("cuda/step.cu", "tile = tile_size<E>", "tile = tile_size<E> * 2"),
+    "whole tiles only": ("cuda/run.cuh", "(span.numel + tile - 1) / tile", "span.numel / tile"),
+    "tiles of twice the size": ("cuda/run.cuh", "tile = tile_size<E>", "tile = tile_size<E> * 2"),
     # ---- parts and copies
     "the gradient is written": (STEP, "if constexpr (k.value != kGrad)", "if constexpr (true)"),
     "a state stays": (STEP, "(k.value != kGrad)", "(k.value != kGrad && k.value != kState + 1)"),
@@ -172,7 +172,7 @@ FAULTS = {
     "a copy that is not there": (STEP, "if (entry.data[parts] != nullptr) {", "if (true) {"),
     # ---- formats that are not plain
     "the last format says what a job has": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "stored = stored || !is_plain<F>",
         "stored = !is_plain<F>",
     ),
@@ -290,7 +290,7 @@ FAULTS_IN_WHAT_IS_CARRIED = {
     ),
     "the host's is taken": (STEP, "carried = double(*entry.carried);", "(void)0;"),
     "the first tensor's is taken": (
-        "cuda/step.cu",
+        "cuda/run.cuh",
         "entry.carried = span.carried;",
         "entry.carried = job.spans[0].carried;",
     ),

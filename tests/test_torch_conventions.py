@@ -4,6 +4,7 @@ hooks, schedulers, GradScaler, tensor lr, steps in backward, sharded wrappers.""
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from typing import Any
 
@@ -313,3 +314,19 @@ def test_fully_sharded_parameters(ours, one_rank) -> None:
             assert torch.equal(
                 getattr(t, "_local_tensor", t), getattr(other, "_local_tensor", other)
             ), key
+
+
+def test_adagrad_shares_its_sums() -> None:
+    """What another process adds is seen here."""
+    p = parameter(1.0, 2.0)
+    optimizer = adamfused.Adagrad([p], initial_accumulator_value=0.5)
+    optimizer.share_memory()
+    total = optimizer.state[p]["sum"]
+    assert total.is_shared() and torch.equal(total, torch.full((2,), 0.5))
+    if (child := os.fork()) == 0:
+        total += 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(total, torch.full((2,), 1.5))
+    optimizer.step()
+    assert torch.equal(total, torch.full((2,), 2.5))

@@ -1,4 +1,4 @@
-// csrc/cuda/step.cu as a library for tests/test_cuda_on_host.py. -DONLY=RULE leaves out the other rules, and of this one
+// csrc/cuda/step.cu and averaged.cu as a library for tests/test_cuda_on_host.py. -DONLY=RULE leaves out the other rules, and of this one
 // all but two of the kernels: averaged, of plain floats and of every format. That compiles sooner.
 #define __CUDACC__  // as nvcc does before the first line of a .cu
 #include "cuda_runtime.h"
@@ -19,6 +19,8 @@ void only_kernel(const Arguments<Rule, stored> job) {
 }  // namespace adamfused::cuda
 #define step_kernel only_kernel
 #endif
+#include "cuda/averaged.cu"
+#undef ADAMFUSED_TARGET
 #include "cuda/step.cu"
 
 using namespace adamfused;
