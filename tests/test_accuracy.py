@@ -24,7 +24,7 @@ from float64_rules import (
 )
 from helpers import give_gradient
 
-from adamfused import Adam, AdamW, RMSprop
+from adamfused import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 
 pytestmark = pytest.mark.reference
 
@@ -186,6 +186,13 @@ def disagreement(a, b):
 
 ADAM_OPTIONS = {"amsgrad": (False, True), "betas": ((0.9, 0.999), (0.3, 0.95))}
 RMSPROP_OPTIONS = {"centered": (False, True), "momentum": (0.0, 0.9)}
+SGD_OPTIONS = {"momentum": (0.9, 0.0), "dampening": (0.0, 0.3)}
+NESTEROV_OPTIONS = {"momentum": (0.9, 0.3), "nesterov": (True,)}
+ADAGRAD_OPTIONS = {"lr_decay": (0.0, 0.1), "initial_accumulator_value": (0.0, 0.1)}
+ADADELTA_OPTIONS = {"rho": (0.9, 0.3)}
+NADAM_OPTIONS = {"momentum_decay": (4e-3, 0.1), "decoupled_weight_decay": (False, True)}
+RADAM_OPTIONS = {"betas": ((0.9, 0.999), (0.3, 0.95)), "decoupled_weight_decay": (False, True)}
+RATES = {SGD: 0.1, Adagrad: 0.1, Adadelta: 10.0, RAdam: 0.1}  # of those that move less than Adam
 COMMON_OPTIONS = {"weight_decay": (0.0, 0.1), "maximize": (False, True)}
 
 
@@ -200,12 +207,24 @@ COMMON_OPTIONS = {"weight_decay": (0.0, 0.1), "maximize": (False, True)}
         (AdamW, torch.optim.AdamW, {"fused": True}, ADAM_OPTIONS),
         (RMSprop, torch.optim.RMSprop, {"foreach": False}, RMSPROP_OPTIONS),
         (RMSprop, torch.optim.RMSprop, {"foreach": True}, RMSPROP_OPTIONS),
+        (SGD, torch.optim.SGD, {"foreach": False}, SGD_OPTIONS),
+        (SGD, torch.optim.SGD, {"fused": True}, SGD_OPTIONS),
+        (SGD, torch.optim.SGD, {"foreach": True}, NESTEROV_OPTIONS),
+        (Adagrad, torch.optim.Adagrad, {"foreach": False}, ADAGRAD_OPTIONS),
+        (Adagrad, torch.optim.Adagrad, {"fused": True}, ADAGRAD_OPTIONS),
+        (Adadelta, torch.optim.Adadelta, {"foreach": False}, ADADELTA_OPTIONS),
+        (Adadelta, torch.optim.Adadelta, {"foreach": True}, ADADELTA_OPTIONS),
+        (NAdam, torch.optim.NAdam, {"foreach": False}, NADAM_OPTIONS),
+        (NAdam, torch.optim.NAdam, {"foreach": True}, NADAM_OPTIONS),
+        (RAdam, torch.optim.RAdam, {"foreach": False}, RADAM_OPTIONS),
+        (RAdam, torch.optim.RAdam, {"foreach": True}, RADAM_OPTIONS),
     ],
 )
 def test_twenty_steps_agree_with_torch_optim_in_every_setting(ours, theirs, how, options):
     options = options | COMMON_OPTIONS
     for values in product(*options.values()):
-        kwargs = {"lr": 1e-2, "eps": 1e-6} | dict(zip(options, values, strict=True))
+        kwargs = {"lr": RATES.get(ours, 0.01)} | dict(zip(options, values, strict=True))
+        kwargs |= {"eps": 1e-6} if ours is not SGD else {}
         a, b = history(ours, kwargs), history(theirs, kwargs | how)
         assert disagreement(a, b) <= 1.0, kwargs
 
