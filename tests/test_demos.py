@@ -95,7 +95,7 @@ def table(out: str, head: str) -> dict[str, list[str]]:
 
 
 def test_regression_ends_at_the_least_squares_line(tmp_path: Path) -> None:
-    ran = run_demo("regression", tmp_path / "line.png", "--steps", 300)
+    ran = run_demo("regression", tmp_path / "line.png", "--epochs", 300)
     assert_well(ran)
     rows = table(ran.out, "The lines")
     assert list(rows) == ["Adam", "Adam, no bias correction", "SGD", "least squares"]
@@ -110,7 +110,7 @@ def test_regression_ends_at_the_least_squares_line(tmp_path: Path) -> None:
 
 
 def test_regression_that_is_not_there_yet_exits_1(tmp_path: Path) -> None:
-    ran = run_demo("regression", tmp_path / "line.png", "--steps", 10)
+    ran = run_demo("regression", tmp_path / "line.png", "--epochs", 10)
     assert ran.code == 1
     assert "NOT at the least-squares line" in ran.out and "All 3" not in ran.out
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from adamfused.demo import report
-from adamfused.demo.options import RECIPES, add_common, add_counts, optimizer, settings
+from adamfused.demo.options import RECIPES, add_common, add_counts, count, optimizer, settings
 from adamfused.demo.train import Run, Task, equal_parts, train
 from adamfused.report import Column, Table, show
 
@@ -204,18 +204,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         steps=(150, "steps of each of the three"),
         batch_size=(16, "pieces of the text a step"),
     )
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=count,
+        help="in place of --steps: as many as take N times as many characters as the text has",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train in the three formats, show what each took and ended at, and let the last one write."""
     text, how = manual(), settings(args, args.batch_size)
+    an_epoch = len(text.train) // (how.batch_size * CONTEXT)
+    steps = args.steps if args.epochs is None else args.epochs * an_epoch
     wide = load(text)
     narrow = replace(wide, model=lambda: Float32Inside(wide.model()))
     recipe = RECIPES[args.optimizer] | {"lr": RATE * RECIPES[args.optimizer]["lr"]}
     if args.optimizer == "AdamW":
         recipe |= {"weight_decay": 0.1, "betas": (0.9, 0.99)}
     said = f"{args.optimizer}, lr {recipe['lr']:g}, batch {how.batch_size}, seed {how.seed}"
-    report.header(wide, how, f"{said}, steps {args.steps}", args.backend)
+    report.header(wide, how, f"{said}, steps {steps}", args.backend)
     runs = {
         name: Run(
             narrow if formats else wide,
@@ -224,8 +232,8 @@ def run(args: argparse.Namespace) -> int:
         )
         for name, formats in FORMATS.items()
     }
-    rows = equal_parts(args.steps, ROWS)
-    row_steps = args.steps // rows
+    rows = equal_parts(steps, ROWS)
+    row_steps = steps // rows
     unit = ("step", row_steps)
     with report.Progress(
         wide, runs, rows * row_steps, unit, ["float32", "split16", "int8"]
@@ -254,10 +262,8 @@ def run(args: argparse.Namespace) -> int:
     start = text.read(PROMPT).to(how.device)
     print(f"\nWritten by the model of '{last}', from \"{PROMPT}\":\n")
     print(text.spell(write(run.model, start, WRITTEN, CONTEXT, how.seed)))
-    more = max(2000, 4 * args.steps)
-    print(
-        f"\nIn {args.steps:,} steps it learns the look of words. To let it learn more: --steps {more}"
-    )
+    more = max(2000, 4 * steps)
+    print(f"\nIn {steps:,} steps it learns the look of words. To let it learn more: --steps {more}")
     return 0
 
 

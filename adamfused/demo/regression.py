@@ -58,7 +58,7 @@ def watched(run: Run) -> list[Tensor]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_common(parser, "regression", ["Adam", "AdamW"])  # those that have bias_correction
-    add_counts(parser, steps=(500, "steps, each on all points"))
+    add_counts(parser, epochs=(500, "passes over the points, each one step"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
         "SGD": optimizer("SGD", **plain, momentum=0.0),
     }
     how = settings(args, POINTS)
-    report.header(task, how, f"lr {LR:g}, seed {how.seed}, steps {args.steps}", args.backend)
+    report.header(task, how, f"lr {LR:g}, seed {how.seed}, epochs {args.epochs}", args.backend)
     runs = {label: Run(task, how, made) for label, made in optimizers.items()}
     paths = {label: watched(run) for label, run in runs.items()}
-    rows = equal_parts(args.steps, ROWS)
-    row_steps = args.steps // rows
+    rows = equal_parts(args.epochs, ROWS)
+    row_steps = args.epochs // rows
     with report.Progress(
         task, runs, rows * row_steps, ("step", row_steps), [name, "uncorrected", "SGD"]
     ) as progress:
