@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -194,25 +195,21 @@ def aliased(n: int) -> torch.Tensor:
     """A float32 tensor of n elements in 64 MB of memory, mapped again and again at addresses in a row."""
     each = 2**26
     count = -(-4 * n // each)
-    mmap_ = ctypes.CDLL(None).mmap
-    mmap_.restype, mmap_.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
-    )
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     file = os.memfd_create("aliased")
     os.ftruncate(file, each)
-    start = mmap_(
-        None, count * each, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
-    )  # addresses only
-    fixed = 0x10  # MAP_FIXED, which Python's mmap does not name
-    for i in range(count):
-        at = start + i * each
-        assert (
-            mmap_(at, each, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | fixed, file, 0)
-            == at
-        )
+    private, fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0x10  # Python's mmap has no MAP_FIXED
+    start = libc.mmap(None, count * each, 0, private, -1, 0)  # addresses only
+    for at in range(start, start + count * each, each):
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        assert libc.mmap(at, each, access, mmap.MAP_SHARED | fixed, file, 0) == at
     os.close(file)
-    return torch.frombuffer((ctypes.c_float * n).from_address(start), dtype=torch.float32)
+    memory = (ctypes.c_float * n).from_address(start)
+    weakref.finalize(memory, libc.munmap, start, count * each)
+    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 @pytest.mark.native
