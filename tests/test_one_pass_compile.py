@@ -112,7 +112,9 @@ def test_max_grad_norm_may_change() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ema_decay": lambda t: min(0.9, t / 9)}, {"error_if_nonfinite": True}], ids=str
+    "options",
+    [{"ema_decay": lambda t: min(0.9, t / 9)}, {"error_if_nonfinite": True}],
+    ids=lambda options: next(iter(options)),
 )
 def test_what_breaks_the_graph_has_the_same_bits(options) -> None:
     assert_same_steps(options, fullgraph=False)
