@@ -27,10 +27,9 @@ class RAdam(FusedOptimizer):
         m &\leftarrow m + (1-\beta_1)(g - m) \\
         v &\leftarrow v + (1-\beta_2)(g^2 - v) \\
         \rho_\infty &= \frac{2}{1-\beta_2} - 1, \qquad \rho_t = \rho_\infty - \frac{2t\beta_2^t}{1-\beta_2^t} \\
-        x &= \begin{cases}
-            \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}}
-                \sqrt{1-\beta_2^t} \; \frac{m}{\sqrt{v} + \epsilon} & \rho_t > 5 \\
-            m & \text{else} \end{cases} \\
+        x &= \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}}
+            \sqrt{1-\beta_2^t} \; \frac{m}{\sqrt{v} + \epsilon} \qquad (\text{if } \rho_t > 5;
+            \text{ else } x = m) \\
         p &\leftarrow p - \Bigl(\gamma\lambda p\,[\text{decoupled}] + \frac{\gamma}{1-\beta_1^t}\, x\Bigr)
 
     Liu et al. 2020 (arXiv:1908.03265), Algorithm 2, with the bound 5 and the place of :math:`\epsilon` that

@@ -25,10 +25,9 @@ class SGD(FusedOptimizer):
     .. math::
         g &\leftarrow \pm g + \lambda p \qquad (\text{sign by } \textit{maximize}) \\
         b &\leftarrow \mu b + (1-\tau) g \qquad (b = g \text{ in the first step}) \\
-        p &\leftarrow p - \gamma \cdot \begin{cases}
-            g & \text{without momentum} \\
-            b & \text{with momentum} \\
-            g + \mu b & \textit{nesterov} \end{cases}
+        x &= g \quad (\text{without momentum}), \qquad x = b \quad (\text{with momentum}), \qquad
+            x = g + \mu b \quad (\textit{nesterov}) \\
+        p &\leftarrow p - \gamma x
 
     Robbins & Monro 1951; momentum: Polyak 1964, in the form of Sutskever et al. 2013, where the learning rate is
     outside of the sum. :math:`\mu b` is told as :math:`b - (1-\mu) b`, whose small number keeps its digits.
