@@ -45,7 +45,8 @@ class Checkpoints(BaseOptimizer):
                     if loading is not None:
                         on_device = group.get("capturable", False)
                         device = p.device if on_device else torch.device("cpu")
-                        dtype = torch.float32 if on_device else count.dtype
+                        narrow = count.is_floating_point() and count.dtype.itemsize < 4
+                        dtype = torch.float32 if on_device or narrow else count.dtype
                         # a copy, because all parameters may share it
                         count = count.to(device=device, dtype=dtype, copy=True)
                     entry[key] = count

@@ -348,11 +348,9 @@ def load_problem(
     for key in counts:
         count = state[key]
         if isinstance(count, Tensor):
-            if (
-                count.numel() != 1
-                or count.dtype not in _count_dtypes(key)
-                or count.device.type == "meta"
-            ):
+            # torch's load_state_dict casts all but the step to the parameter's dtype, and that is then saved.
+            fits = count.dtype in _count_dtypes(key) or (key != STEP and count.is_floating_point())
+            if count.numel() != 1 or not fits or count.device.type == "meta":
                 return (
                     f"'{key}' in the checkpoint has shape {tuple(count.shape)} and dtype {count.dtype} on "
                     f"{count.device}; expected one number, {_any_of(_count_dtypes(key))}"

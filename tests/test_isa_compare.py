@@ -83,7 +83,7 @@ def test_one_flipped_bit_is_found(built):
     assert all(different > 0 for isa, (_, different, _) in found.items() if isa != "scalar"), (
         broken.stdout
     )
-    assert "rmsprop, step 1" in broken.stdout
+    assert "sgd_momentum, step 1" in broken.stdout
 
 
 def test_an_instruction_set_that_does_not_run_is_an_error(built):

@@ -29,7 +29,7 @@ from adamfused import SGD, AdamW, Lion, RMSprop
 
 # Rules with as many states as there are.
 CASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}),
     "lion": (Lion, {"lr": 0.1, "weight_decay": 0.1}),
     "amsgrad": (AdamW, {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True}),
     "rmsprop": (RMSprop, {"lr": 0.1, "momentum": 0.9, "centered": True}),

@@ -501,7 +501,6 @@ TORCHS_ARGUMENTS: list[tuple[type[Optimizer], dict[str, Any], str]] = [
     (Adam, {"betas": (-0.1, 0.999)}, "Invalid beta parameter at index 0: -0.1"),
     (Adam, {"betas": (0.9, 1.5)}, "Invalid beta parameter at index 1: 1.5"),
     (Adam, {"betas": (0.9, NAN)}, "Invalid beta parameter at index 1: nan"),
-    (Adam, {"betas": (0.9,)}, "Invalid betas value: (0.9,); expected two numbers"),
     (Adam, {"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
     (AdamW, {"weight_decay": NAN}, "Invalid weight_decay value: nan"),
     (RMSprop, {"lr": -1.0}, "Invalid learning rate: -1.0"),
@@ -512,6 +511,7 @@ TORCHS_ARGUMENTS: list[tuple[type[Optimizer], dict[str, Any], str]] = [
     (RMSprop, {"alpha": -0.1}, "Invalid alpha value: -0.1"),
 ]
 OWN_ARGUMENTS = [
+    (Adam, {"betas": (0.9,)}, "Invalid betas value: (0.9,); expected two numbers"),
     (
         AdamW,
         {"differentiable": True},

@@ -5,7 +5,7 @@
 //
 //   compare_isas [--every=N] [--break] [ISA...]
 //     --every=N  only every Nth combination of rule and formats
-//     --break    flips one bit of what all but the scalar kernels get: differences must be found
+//     --break    flips one bit of each batch that all but the scalar kernels get: differences must be found
 //     ISA...     fail unless these, too, run here
 // Exit status: 0 no difference, 1 a difference or an ISA that does not run.
 #define ADAMFUSED_TARGET host
@@ -382,7 +382,7 @@ int compare_all(int argc, char** argv) {
         if (number++ % std::max(every, 1) != 0) continue;
         seed = uint64_t(number);
         const FormatId g = random_below(3) ? like_param[p] : FormatId(random_below(kNumberFormats));
-        compare_batch(Batch(rule / 2, rule % 2 != 0, FormatId(p), g, state), flip && number == 1, tallies);
+        compare_batch(Batch(rule / 2, rule % 2 != 0, FormatId(p), g, state), flip, tallies);
       }
   for (Tally& t : tallies) {
     printf("%s: %lld comparisons, %lld differences, digest %016llx\n", t.isa->name, t.compared, t.different, t.digest);
