@@ -126,7 +126,7 @@ def test_no_spills_on_any_architecture(
     assert "-Xfatbin=-compress-all" in (CSRC.parent / "setup.py").read_text()
     print(f"sm_{architecture}: {made.size:,} bytes, {made.seconds:.0f} s")
     assert made.size < 8e6
-    assert made.seconds < 180  # less than half of it on an idle machine; as long again for the PTX
+    assert made.seconds < 300  # a sixth of it on an idle machine; as long again for the PTX
 
 
 def test_the_search_for_spills_can_find_one() -> None:
