@@ -123,10 +123,7 @@ class Checkpoints(BaseOptimizer):
         if lengths != [len(g["params"]) for g in self.param_groups]:
             return state_dict  # torch's own message follows
         groups = [self._taken_group(j, saved) for j, saved in enumerate(saved_groups)]
-        plans = [
-            self._plan(self._group_defaults | group)._replace(carried=self._carried)
-            for group in groups
-        ]
+        plans = [self._plan(self._group_defaults | group) for group in groups]
         states = dict(state_dict["state"].items())
         self._loading: dict[Tensor, dict[str, Any]] = {}
         ids = chain.from_iterable(g["params"] for g in saved_groups)

@@ -117,4 +117,4 @@ class NAdam(FusedOptimizer):
             *numbers(group, "eps", "weight_decay", "decoupled_weight_decay", "maximize"),
             0.96 ** as_number(group["momentum_decay"]),
         ]
-        return Plan("nadam", ("exp_avg", "exp_avg_sq"), hyper)
+        return Plan("nadam", ("exp_avg", "exp_avg_sq"), hyper, self._carried)

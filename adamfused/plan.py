@@ -12,7 +12,7 @@ class Plan(NamedTuple):
         rule: its name in :data:`adamfused.rules.RULES`.
         keys: the names of its states, in the rule's order.
         hyper: its numbers, in the order of its ``Hyper`` struct in ``csrc/rules.h``.
-        carried: the name of the number that it carries from step to step, if it does; the optimizer's class tells it.
+        carried: the name of the number that it carries from step to step, if it does: `_carried` of the class.
     """
 
     rule: str

@@ -87,8 +87,9 @@ class States(Averaging):
 
     def _full_plan(self, group: dict[str, Any]) -> Plan:
         plan = self._plan(group)
-        keys = plan.keys if self._options.ema_decay is None else (*plan.keys, EMA)
-        return plan._replace(keys=keys, carried=self._carried)
+        if self._options.ema_decay is None:
+            return plan
+        return plan._replace(keys=(*plan.keys, EMA))
 
     def _parts(self, p: Any, plan: Plan) -> Parts:
         state = {key: local(value) for key, value in self.state[p].items()}
