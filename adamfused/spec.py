@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-FAMILIES = ("Adam", "AdamW", "RMSprop")
+FAMILIES = ("SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "NAdam", "RAdam", "Lion")
 """The rules that the tools know in float64. Adam has coupled (L2) weight decay, AdamW decoupled."""
 
 # What apex, DeepSpeed and torch call the switch between Adam and AdamW.
@@ -24,6 +25,12 @@ _DECOUPLED = ("adam_w_mode", "adamw_mode", "decoupled_weight_decay")
 
 # Optimizers with Adam in their name and another rule.
 _OTHERS = ("NAdam", "RAdam", "Adamax", "SparseAdam", "ScheduleFree", "Mini")
+
+# The others are known by the whole name, because much is called SGD or Lion.
+_NAMED = re.compile(
+    r"(?:DeepSpeed|Fused|CPU|Paged)*(SGD|Adagrad|Adadelta|NAdam|RAdam|Lion)(?:\d+bit|Fp8)?",
+    re.IGNORECASE,
+)
 
 
 class Unsupported(Exception):
@@ -237,8 +244,11 @@ def _family_of(made: Any, options: Mapping[str, Any]) -> str | None:
     # A subclass of torch's class is of its family, whatever it is called.
     for base in getattr(made, "__mro__", ()):
         if base.__module__.startswith(("torch.optim.", "adamfused.")) and base.__name__ in FAMILIES:
-            return "AdamW" if options.get("decoupled_weight_decay") else str(base.__name__)
+            decoupled = base.__name__ == "Adam" and options.get("decoupled_weight_decay")
+            return "AdamW" if decoupled else str(base.__name__)
     name = str(getattr(made, "__name__", ""))
+    if found := _NAMED.fullmatch(name):
+        return next(f for f in FAMILIES if f.lower() == found[1].lower())
     if "rmsprop" in name.lower():
         return "RMSprop"
     if "adam" not in name.lower() or any(other in name for other in _OTHERS):

@@ -155,6 +155,14 @@ def test_bytes_are_counted_from_the_dtypes(
     assert made.state_bytes == 2000 * kept + (2 * 4 if "Adam" in spec else 0)
 
 
+def test_scales_of_blocks_are_moved_too() -> None:
+    spec = Spec.parse("adamfused:AdamW[state_dtype='int8']")
+    made = prepare(spec, parameters(Case.parse("2x8192"), torch.float32, CPU), ())
+    scales = 2 * 16384 // 128 * 4
+    assert made.step_bytes == 16384 * (3 * 4 + 2 * 2) + 2 * scales
+    assert made.state_bytes == 16384 * 2 + scales + 2 * 4
+
+
 def test_small_dtypes_and_shared_tables_are_counted_as_they_are(mine: str) -> None:
     made = prepare(
         Spec.parse(f"{mine}:Quantised"), parameters(Case.parse("2x1000"), torch.float32, CPU), ()

@@ -33,9 +33,13 @@ def test_a_list_may_have_commas_in_brackets() -> None:
         ("torch.optim:Adam[decoupled_weight_decay=True]", "AdamW"),
         ("torch.optim:RMSprop", "RMSprop"),
         ("torch.optim:Adamax", None),
-        ("torch.optim:NAdam", None),
+        ("torch.optim:NAdam", "NAdam"),
+        ("torch.optim:NAdam[decoupled_weight_decay=True]", "NAdam"),
+        ("torch.optim:SGD", "SGD"),
+        ("adamfused:Lion", "Lion"),
         ("torch.optim:SparseAdam", None),
-        ("torch.optim:SGD", None),
+        ("torch.optim:ASGD", None),
+        ("torch.optim:LBFGS", None),
     ],
 )
 def test_the_family_is_told_from_the_name(text: str, family: str | None) -> None:
@@ -47,6 +51,26 @@ def test_a_subclass_is_of_the_family_of_torchs_class() -> None:
         pass
 
     assert Spec.of(MyAdam).family == "AdamW"
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        ("Lion8bit", "Lion"),
+        ("PagedLion32bit", "Lion"),
+        ("DeepSpeedCPULion", "Lion"),
+        ("FusedSGD", "SGD"),
+        ("FusedAdagrad", "Adagrad"),
+        ("SGDScheduleFree", None),
+        ("RAdamScheduleFree", None),
+        ("SGDP", None),
+        ("Stallion", None),
+        ("MyRMSpropTF", "RMSprop"),
+        ("QHAdamW", "AdamW"),
+    ],
+)
+def test_other_libraries_names(name: str, family: str | None) -> None:
+    assert Spec.of(type(name, (), {})).family == family
 
 
 def test_apex_and_deepspeed_call_adamw_adam() -> None:
@@ -108,5 +132,5 @@ def test_what_is_no_optimizer_is_refused() -> None:
         parse_list("")
     with pytest.raises(ValueError, match="expected module:Class or an optimizer class; got int 3"):
         Spec.of(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="family must be one of Adam, AdamW, RMSprop; got 'SGD'"):
-        Spec.of("torch.optim:Adam", family="SGD")
+    with pytest.raises(ValueError, match="family must be one of SGD, .*, Lion; got 'ASGD'"):
+        Spec.of("torch.optim:Adam", family="ASGD")

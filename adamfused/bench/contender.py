@@ -43,6 +43,9 @@ FEATURES = {
 }
 
 
+BLOCKS = tuple(2**k for k in range(5, 13))  # how many elements share a scale
+
+
 @dataclass(frozen=True)
 class Contender:
     """An optimizer that has made its first steps.
@@ -118,7 +121,7 @@ def prepare(spec: Spec, params: Sequence[Tensor], features: Collection[str]) -> 
         raise Unsupported(f"parameters are not finite after {WARM_UP} steps with gradients of 1e-3")
     passes = 4 if FEATURES["clip"].argument in inside else 3
     moved = sum(passes * _bytes(p) for p in params) + sum(
-        2 * _bytes(state) for p, state in states if p is not None and state.numel() >= p.numel()
+        2 * _bytes(state) for p, state in states if p is not None and _grows_with(p, state)
     )
     kept = {id(state): _bytes(state) for _, state in states}  # some are shared by all parameters
     return Contender(step, moved, sum(kept.values()))
@@ -178,6 +181,12 @@ def _states(optimizer: Optimizer) -> Iterator[tuple[Tensor | None, Tensor]]:
         for leaf in tree_leaves(entry):
             if isinstance(leaf, Tensor):
                 yield p if isinstance(p, Tensor) else None, leaf
+
+
+def _grows_with(p: Tensor, state: Tensor) -> bool:
+    """Whether a state has a number for each element or for each block; a count and a table have not."""
+    blocks = {-(-p.numel() // size) for size in BLOCKS}
+    return state.numel() >= p.numel() or (state.numel() > 1 and state.numel() in blocks)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -32,8 +32,8 @@ class Row:
         problem: "", or ``NOT SUPPORTED: why`` (then there are no figures), or ``INVALID: why`` (then there are, but
             the optimizer did not pass its parity check).
         checked: whether there was such a check; there is none for an optimizer of no known family.
-        step_bytes: what a step has to move, counted from the tensors' dtypes: parameters and states of the parameter's
-            size read and written, gradients read.
+        step_bytes: what a step has to move, counted from the tensors' dtypes: parameters and states read and
+            written, gradients read.
         state_bytes: what the optimizer keeps.
         time: with caches full of other data.
         ratio: of the time to that of the first optimizer in the same round.

@@ -109,7 +109,7 @@ def parity(
         candidate: ``"module:Class[option=value]"``, an optimizer class, or a function that makes one from parameters.
         against: ``"float64"`` (the exact rule), ``"reference"`` (adamfused's pure-Python path, in the same dtype) or
             another optimizer, written as the candidate is.
-        family: ``"Adam"``, ``"AdamW"`` or ``"RMSprop"``, where the class's name does not tell.
+        family: its rule, one of :data:`adamfused.spec.FAMILIES`, where the class's name does not tell.
         cases: ``"quick"``, ``"full"``, ``"hostile"``, or names of cases with commas between.
         dtype: of the parameters.
         device: of the parameters.

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import exact
+from . import arithmetic, exact
 from .lab import FLOATS, Lab, Unsupported, case, need
 from .walk import DRIFT, DRIFT_DOUBLE, bits, numbers, plain_step, states_of
 
 ADAMS = ("Adam", "AdamW")
+MOMENTS = (*ADAMS, "NAdam", "RAdam")
 WIDE = (torch.float32, torch.float64)
 
 
@@ -42,13 +43,13 @@ def strong_decay(lab: Lab) -> None:
     lab.run(params, 10, hyper, lambda p: lab.gradient(p, -3, 0))
 
 
-@case("quick", "full", families=ADAMS)
+@case("quick", "full", families=MOMENTS)
 def other_betas(lab: Lab) -> None:
     """betas (0.3, 0.95), eps 1e-6"""
     one_step(lab, betas=(0.3, 0.95), eps=1e-6)
 
 
-@case("quick", "full", families=ADAMS)
+@case("quick", "full", families=(*MOMENTS, "Adagrad", "Adadelta"))
 def large_eps(lab: Lab) -> None:
     """eps 0.1, of the size of the gradients: where it is added matters"""
     params = [lab.weights(4099)]
@@ -67,10 +68,70 @@ def maximize(lab: Lab) -> None:
     one_step(lab, maximize=True)
 
 
-@case("quick", "full", families=("RMSprop",))
+@case("quick", "full", families=("SGD", "RMSprop"))
 def momentum(lab: Lab) -> None:
     """momentum 0.9"""
     one_step(lab, momentum=0.9)
+
+
+@case("quick", "full", families=("SGD",))
+def dampened(lab: Lab) -> None:
+    """momentum 0.9, dampening 0.3, which the first gradient has not"""
+    one_step(lab, momentum=0.9, dampening=0.3)
+
+
+@case("quick", "full", families=("SGD",))
+def nesterov(lab: Lab) -> None:
+    """nesterov=True, momentum 0.9"""
+    one_step(lab, momentum=0.9, nesterov=True)
+
+
+@case("full", families=("SGD",))
+def low_momentum(lab: Lab) -> None:
+    """momentum 0.3"""
+    one_step(lab, momentum=0.3)
+
+
+@case("quick", "full", families=("Adagrad",))
+def lr_decay(lab: Lab) -> None:
+    """lr_decay 0.1: the first step has the whole lr"""
+    one_step(lab, lr_decay=0.1)
+
+
+@case("full", families=("Adagrad",))
+def initial_accumulator(lab: Lab) -> None:
+    """initial_accumulator_value 0.1"""
+    one_step(lab, initial_accumulator_value=0.1)
+
+
+@case("full", families=("Adadelta",))
+def other_rho(lab: Lab) -> None:
+    """rho 0.5, eps 1e-3"""
+    one_step(lab, rho=0.5, eps=1e-3)
+
+
+@case("quick", "full", families=("Lion",))
+def other_lion_betas(lab: Lab) -> None:
+    """betas (0.95, 0.98), as for language models"""
+    one_step(lab, betas=(0.95, 0.98))
+
+
+@case("quick", "full", families=("NAdam", "RAdam"))
+def decoupled_decay(lab: Lab) -> None:
+    """decoupled_weight_decay=True, decay 0.1"""
+    one_step(lab, decoupled_weight_decay=True)
+
+
+@case("full", families=("NAdam",))
+def momentum_decay(lab: Lab) -> None:
+    """momentum_decay 0.1"""
+    one_step(lab, momentum_decay=0.1)
+
+
+@case("full", families=("RAdam",))
+def rectified_from_another_step_on(lab: Lab) -> None:
+    """betas (0.9, 0.9): when the variance counts depends on beta2"""
+    one_step(lab, steps=20, betas=(0.9, 0.9))
 
 
 @case("quick", "full", families=("RMSprop",))
@@ -150,13 +211,13 @@ def rms(x: np.ndarray[Any, Any]) -> float:
 def free_run(lab: Lab, steps: int, mean: float) -> None:
     """Notes the drift after 1, 10, 100, ... steps and compares it with the limit."""
     p = lab.leaf(lab.normal((1024,), torch.float64).mul_(0.02).to(lab.dtype))
-    h = lab.hyper(lr=1e-3, weight_decay=0.01 if lab.spec.takes("weight_decay") else 0.0)
+    lr = exact.FAMILIES[lab.family].lr / 10
+    h = lab.hyper(lr=lr, weight_decay=0.01 if lab.spec.takes("weight_decay") else 0.0)
     optimizer = lab.spec.make([p], **h.arguments(lab.family, lab.spec))
     other, q = None, p.detach().clone().requires_grad_()
     if lab.twin is not None:
         other = lab.twin.make([q], **h.arguments(lab.family, lab.spec))
-    parts = {"param": numbers(p)}
-    parts |= {name: np.zeros(1024) for name in exact.STATES[lab.family]}
+    parts = exact.start(lab.family, h, numbers(p))
     path = np.zeros(1024)
     for t in range(1, steps + 1):
         g = (lab.normal((1024,), torch.float64) + mean).to(lab.dtype)
@@ -174,9 +235,10 @@ def free_run(lab: Lab, steps: int, mean: float) -> None:
 
 
 def _compare(
-    lab: Lab, t: int, p: Tensor, optimizer: Any, parts: exact.Parts, path: exact.Array
+    lab: Lab, t: int, p: Tensor, optimizer: Any, parts: exact.Parts, path: arithmetic.Array
 ) -> None:
-    second = "square_avg" if lab.family == "RMSprop" else "exp_avg_sq"
+    family = exact.FAMILIES[lab.family]
+    second = family.second
     states = states_of(optimizer, p, lab.family, lab.hyper())
     error, v_error = rms((numbers(p) - parts["param"])[path > 0] / path[path > 0]), None
     need(math.isfinite(error), f"after {t:,} steps the parameters are not finite")
@@ -185,12 +247,12 @@ def _compare(
         need(math.isfinite(v_error), f"after {t:,} steps second moments are not finite")
     lab.curve[t] = error, v_error
     later = t > min(DRIFT)
-    if lab.dtype == torch.float64:
+    if lab.dtype == torch.float64 and not family.in_float32:
         limit, v_limit = DRIFT_DOUBLE[later], DRIFT_DOUBLE[later]
     else:
         limit, v_limit = DRIFT[max(DRIFT)] if later else DRIFT[min(DRIFT)]
         # Until it has gone some way, a parameter's own half ulp is what one sees.
-        limit += 2 * float(np.median(exact.SINGLE.ulp(parts["param"])[path > 0] / path[path > 0]))
+        limit += 2 * rms(arithmetic.SINGLE.ulp(parts["param"])[path > 0] / path[path > 0])
     need(
         error <= limit,
         f"after {t:,} steps the parameters are {error:.2g} of their way off, more than {limit:.2g}",

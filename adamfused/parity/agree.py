@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..spec import Spec, Unsupported, first_line
-from . import exact
+from . import arithmetic, exact
 from .lab import Lab
 from .walk import numbers
 
@@ -54,13 +54,11 @@ def agrees(
 
 
 def _look(lab: Lab) -> str | None:
-    hyper = lab.hyper(lr=1e-2)
+    hyper = lab.hyper()
     params = [lab.weights(n) for n in SIZES]
     optimizer = lab.spec.make(params, **hyper.arguments(lab.family, lab.spec))
     start = [numbers(p) for p in params]
-    wanted = [
-        {"param": x} | {name: np.zeros_like(x) for name in exact.STATES[lab.family]} for x in start
-    ]
+    wanted = [exact.start(lab.family, hyper, x) for x in start]
     for t in range(1, 4):
         for p, parts in zip(params, wanted, strict=True):
             p.grad = lab.gradient(
@@ -71,7 +69,7 @@ def _look(lab: Lab) -> str | None:
         for p, x, parts in zip(params, start, wanted, strict=True):
             way, error = parts["param"] - x, numbers(p) - parts["param"]
             size = np.maximum(np.abs(x), np.abs(parts["param"]))
-            ulp = exact.spacing(size, lab.dtype)
+            ulp = arithmetic.spacing(size, lab.dtype)
             near = FIRST * np.abs(way) + 2 * t * ulp
             count = int((~(np.abs(error) <= near)).sum())
             if t == 1 and count > len(x) * FEW:

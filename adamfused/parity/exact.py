@@ -1,42 +1,28 @@
-"""The rules of Adam, AdamW and RMSprop in float64, and what rounding can do to one step of them.
+"""The rules of every family in float64, and what rounding can do to one step of them.
 
 Written from the papers, apart from :mod:`adamfused.rules` and on purpose without a look at it: what the package claims
 of itself is measured against this. All arrays are float64 of shape [n].
 
-The bounds hold for every usual way to write a rule in an arithmetic that rounds each operation once and takes its
-coefficients from double precision: ``b a + (1-b) x`` as well as ``a + (1-b)(x-a)``, decay before or together with the
-update, fused multiply-add or not.
+To add a family: its function of an arithmetic's numbers, a line in ``FAMILIES``, its name in :mod:`adamfused.spec`,
+and its hyper-parameters in :class:`Hyper`, if they are new.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from ..spec import Spec
+from .arithmetic import Array, Exact, Precision, Rounding
 
-Array = NDArray[np.float64]
 Parts = dict[str, Array]
 """The parameter as ``"param"`` and its states by torch's names."""
 
-STATES = {
-    "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    "AdamW": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    "RMSprop": ("square_avg", "momentum_buffer", "grad_avg"),
-}
-"""By family: every state that its rule may have."""
-
-_COMMON = ("lr", "eps", "weight_decay", "maximize")
-FIELDS = {
-    "Adam": (*_COMMON, "betas", "amsgrad"),
-    "AdamW": (*_COMMON, "betas", "amsgrad"),
-    "RMSprop": (*_COMMON, "alpha", "momentum", "centered"),
-}
-"""By family: its hyper-parameters, by torch's names."""
+Numbers = dict[str, Any]
+"""The same as numbers of an arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -50,146 +36,242 @@ class Hyper:
     amsgrad: bool = False
     maximize: bool = False
     alpha: float = 0.99
+    rho: float = 0.9
     momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
     centered: bool = False
+    lr_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    momentum_decay: float = 4e-3
+    decoupled_weight_decay: bool = False
 
     def arguments(self, family: str, spec: Spec) -> dict[str, Any]:
         """Those of the family that an optimizer takes, as its keyword arguments."""
-        return {name: getattr(self, name) for name in FIELDS[family] if spec.takes(name)}
+        return {name: getattr(self, name) for name in FAMILIES[family].fields if spec.takes(name)}
 
 
-@dataclass(frozen=True)
-class Precision:
-    """An arithmetic: ``u`` is the largest relative error of one rounding, ``tiny`` the smallest number."""
-
-    u: float
-    tiny: float
-    largest: float
-
-    def ulp(self, x: Array) -> Array:
-        """The spacing of its numbers at ``x``."""
-        exponent = np.frexp(np.minimum(np.abs(x), self.largest))[1].astype(np.float64)
-        return np.maximum(np.exp2(exponent) * self.u, self.tiny)
+# ---- the rules -----------------------------------------------------------------------------------
+# `k` is an arithmetic, `g` the gradient as it is to be descended, without decay.
 
 
-SINGLE = Precision(2.0**-24, 2.0**-149, float(np.finfo(np.float32).max))
-DOUBLE = Precision(2.0**-53, 2.0**-1074, float(np.finfo(np.float64).max))
+def _decay(h: Hyper) -> tuple[float, float]:
+    """What the parameter is shrunk by, and what of it is added to the gradient."""
+    both = h.lr * h.weight_decay, 0.0
+    return both if h.decoupled_weight_decay else (0.0, h.weight_decay)
 
 
-def precision(dtype: torch.dtype) -> Precision:
-    """The arithmetic that parameters of a dtype are moved in: 16-bit ones in float32."""
-    return DOUBLE if dtype.to_real() == torch.float64 else SINGLE
+def _with_l2(k: Any, g: Any, p: Any, l2: float) -> Any:
+    return g + k.coefficient(l2) * p if l2 else g
 
 
-def step(family: str, h: Hyper, t: int, g: Array, parts: Parts) -> Parts:
-    """One step, the ``t``-th of the parameter, counted from 1. A state that the rule has no use for stays.
+def _power_error(t: int, *betas: float) -> float:
+    """A power b^t has up to t roundings in double, which 1 - b^t magnifies."""
+    return sum(2.0**-53 * (2 + t * b**t / (1 - b**t)) for b in betas)
 
-    Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1; Loshchilov & Hutter 2019 (arXiv:1711.05101), Algorithm 2; Reddi
-    et al. 2018 (arXiv:1904.09237) with the maximum of the uncorrected averages, as in torch; Tieleman & Hinton 2012,
-    lecture 6.5; Graves 2013 (arXiv:1308.0850), eq. 38-41.
-    """
+
+def _moments(k: Any, h: Hyper, parts: Numbers) -> tuple[Any, Any]:
+    g = _with_l2(k, parts["grad"], parts["param"], _decay(h)[1])
+    m, v, (beta1, beta2) = parts["exp_avg"], parts["exp_avg_sq"], h.betas
+    return k.mean(m, g, beta1), k.mean_square(v, g, beta2)
+
+
+def sgd(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Polyak 1964; Sutskever et al. 2013, eq. 3-4, as torch.optim writes them: the first sum is the first gradient."""
+    p, buf = parts["param"], parts["momentum_buffer"]
+    g = move = _with_l2(k, parts["grad"], p, h.weight_decay)
+    if h.momentum:
+        taken = k.coefficient(1 - h.dampening) * g if h.dampening else g
+        buf = g if t == 1 else k.decayed(buf, h.momentum) + taken
+        move = g + k.decayed(buf, h.momentum) if h.nesterov else buf
+    return {"param": k.step(p, k.coefficient(h.lr) * move), "momentum_buffer": buf}
+
+
+def adagrad(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Duchi, Hazan & Singer 2011, figure 1 (diagonal)."""
     p = parts["param"]
-    g = (-g if h.maximize else g) + (
-        h.weight_decay * p if h.weight_decay and family != "AdamW" else 0.0
-    )
-    if family == "RMSprop":
-        v, buf, mean = (parts[name] for name in STATES[family])
-        v = h.alpha * v + (1 - h.alpha) * g**2
-        mean = h.alpha * mean + (1 - h.alpha) * g if h.centered else mean
-        spread = np.maximum(v - mean**2, 0) if h.centered else v
-        moved = g / (np.sqrt(spread) + h.eps)
-        buf = h.momentum * buf + moved if h.momentum else buf
-        p = p - h.lr * (buf if h.momentum else moved)
-        return {"param": p, "square_avg": v, "momentum_buffer": buf, "grad_avg": mean}
-    m, v, top = (parts[name] for name in STATES[family])
-    beta1, beta2 = h.betas
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g**2
-    top = np.maximum(top, v) if h.amsgrad else top
-    root = np.sqrt((top if h.amsgrad else v) / (1 - beta2**t))
-    decay = h.lr * h.weight_decay * p if h.weight_decay and family == "AdamW" else 0.0
-    p = p - decay - h.lr / (1 - beta1**t) * (m / (root + h.eps))
+    g = _with_l2(k, parts["grad"], p, h.weight_decay)
+    total = parts["sum"] + g * g
+    lr = k.coefficient(h.lr / (1 + (t - 1) * h.lr_decay))
+    move = lr * (g / (k.root(total) + k.coefficient(h.eps)))
+    return {"param": k.step(p, move), "sum": total}
+
+
+def adadelta(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Zeiler 2012 (arXiv:1212.5701), Algorithm 1, with torch.optim's lr."""
+    p, eps = parts["param"], k.coefficient(h.eps)
+    g = _with_l2(k, parts["grad"], p, h.weight_decay)
+    v = k.mean_square(parts["square_avg"], g, h.rho)
+    delta = k.root(parts["acc_delta"] + eps) / k.root(v + eps) * g
+    u = k.mean_square(parts["acc_delta"], delta, h.rho)
+    p = k.step(p, k.coefficient(h.lr) * delta)
+    return {"param": p, "square_avg": v, "acc_delta": u}
+
+
+def rmsprop(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013 (arXiv:1308.0850), eq. 38-41."""
+    p, buf, mean = parts["param"], parts["momentum_buffer"], parts["grad_avg"]
+    g = _with_l2(k, parts["grad"], p, h.weight_decay)
+    v = spread = k.mean_square(parts["square_avg"], g, h.alpha)
+    if h.centered:
+        mean = k.mean(mean, g, h.alpha)
+        spread = k.positive(v - mean * mean)
+    move = g / (k.root(spread) + k.coefficient(h.eps))
+    if h.momentum:
+        move = buf = k.decayed(buf, h.momentum) + move
+    p = k.step(p, k.coefficient(h.lr) * move)
+    return {"param": p, "square_avg": v, "momentum_buffer": buf, "grad_avg": mean}
+
+
+def adam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1; decoupled: Loshchilov & Hutter 2019 (arXiv:1711.05101),
+    Algorithm 2; AMSGrad: Reddi et al. 2018 (arXiv:1904.09237) with the maximum of the uncorrected averages, as torch.
+    """
+    m, v = _moments(k, h, parts)
+    top, (beta1, beta2) = parts["max_exp_avg_sq"], h.betas
+    top = k.larger(top, v) if h.amsgrad else top
+    by, error = top if h.amsgrad else v, _power_error(t, beta1, beta2)
+    root = k.root(by / k.coefficient(1 - beta2**t)) + k.coefficient(h.eps)
+    move = k.coefficient(h.lr / (1 - beta1**t), error) * (m / root)
+    p = k.step(parts["param"], move, decay=_decay(h)[0])
     return {"param": p, "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": top}
 
 
-def bounds(family: str, h: Hyper, t: int, g: Array, parts: Parts, to: Precision) -> Parts:
-    """The largest error that rounding can make in each part in the step that :func:`step` makes exactly.
+def adamw(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """:func:`adam` with decoupled decay."""
+    return adam(k, Hyper(**vars(h) | {"decoupled_weight_decay": True}), t, parts)
 
-    An average with the decay rate b rounds b, 1 - b, two products (or a difference and a product) and a sum: at most
-    3 u of what goes in and u of what comes out; of squares, which are rounded too, at most 5 u of what comes out. An
-    update is at most ten roundings of itself, besides what the errors of the averages do to it; decoupled decay rounds
-    a coefficient and a product of the size of the parameter, the sum is rounded once: 1.5 units in the last place
-    together. A power b^t has up to t roundings in double, which 1 - b^t magnifies. Infinite where the denominator may
-    be zero.
+
+def nadam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Dozat 2016, Algorithm 2, with the schedule mu_t = beta1 (1 - 0.96^(t psi) / 2) that he proposes.
+
+    The product of all mu is kept in float32 (torch's state ``mu_product``), and rounded at every step.
     """
+    g = _with_l2(k, parts["grad"], parts["param"], _decay(h)[1])
+    m, v = _moments(k, h, parts)
+    beta1, beta2 = h.betas
+    mu = beta1 * (1 - 0.5 * 0.96 ** (np.arange(1, t + 2) * h.momentum_decay))
+    now, next_, product = mu[-2], mu[-1], float(np.prod(mu[:-1]))
+    off = t * 2.0**-24 * product / (1 - product)
+    root = k.root(v / k.coefficient(1 - beta2**t)) + k.coefficient(h.eps)
+    error = off + _power_error(t, beta2)
+    of_g = k.coefficient(h.lr * (1 - now) / (1 - product), error)
+    of_m = k.coefficient(h.lr * next_ / (1 - product * next_), error + 2.0**-24)
+    p = k.step(parts["param"], of_g * (g / root), of_m * (m / root), decay=_decay(h)[0])
+    return {"param": p, "exp_avg": m, "exp_avg_sq": v}
+
+
+def radam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Liu et al. 2020 (arXiv:1908.03265), Algorithm 2, with torch.optim's bound of 5."""
+    m, v = _moments(k, h, parts)
+    beta1, beta2 = h.betas
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / (1 - beta2**t)
+    size, error = h.lr / (1 - beta1**t), _power_error(t, beta1, beta2)
+    move = m
+    if length > 5:
+        r2 = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        size *= float(np.sqrt(r2 * (1 - beta2**t)))
+        error += 2 * longest * _power_error(t, beta2) / (length - 4)  # what cancels in the length
+        move = m / (k.root(v) + k.coefficient(h.eps))
+    p = k.step(parts["param"], k.coefficient(size, error) * move, decay=_decay(h)[0])
+    return {"param": p, "exp_avg": m, "exp_avg_sq": v}
+
+
+def lion(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
+    """Chen et al. 2023 (arXiv:2302.06675), Algorithm 2."""
+    g, m, (beta1, beta2) = parts["grad"], parts["exp_avg"], h.betas
+    move = k.coefficient(h.lr) * k.sign(k.mean(m, g, beta1))
+    p = k.step(parts["param"], move, decay=h.lr * h.weight_decay)
+    return {"param": p, "exp_avg": k.mean(m, g, beta2)}
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """A rule, and what to know of the optimizers that have it.
+
+    Attributes:
+        rule: its function.
+        states: every state that it may have, by torch's name, and what else optimizers call it.
+        fields: its hyper-parameters, by torch's names.
+        lr: one that moves parameters of the size of 1 visibly.
+        second: the state that is a running average or sum of squares.
+        rates: those of ``fields`` that are decay rates.
+        in_float32: whether torch keeps a number of it in float32 whatever the dtype, so that it drifts as that does.
+    """
+
+    rule: Callable[[Any, Hyper, int, Numbers], Numbers]
+    states: Mapping[str, tuple[str, ...]]
+    fields: tuple[str, ...]
+    lr: float = 1e-2
+    second: str | None = None
+    rates: tuple[str, ...] = ("betas",)
+    in_float32: bool = False
+
+    def every_rate(self, beta: float) -> dict[str, Any]:
+        """Hyper-parameters in which all decay rates are ``beta``."""
+        return {name: (beta, beta) if name == "betas" else beta for name in self.rates}
+
+
+_COMMON = ("lr", "weight_decay", "maximize")
+_M, _V = ("m", "state1"), ("v", "state2")
+_MOMENTS = {"exp_avg": _M, "exp_avg_sq": _V}
+_ADAM = {**_MOMENTS, "max_exp_avg_sq": ()}
+_MEANS = {"square_avg": ("v", "state1"), "momentum_buffer": ("buf",), "grad_avg": ()}
+_BETAS = (*_COMMON, "betas", "eps")
+_EITHER = (*_BETAS, "decoupled_weight_decay")
+
+FAMILIES = {
+    "SGD": Family(
+        sgd, {"momentum_buffer": ("buf", "state1")},
+        (*_COMMON, "momentum", "dampening", "nesterov"), rates=("momentum",),
+    ),
+    "Adagrad": Family(
+        adagrad, {"sum": ("state1", "exp_avg_sq")},
+        (*_COMMON, "eps", "lr_decay", "initial_accumulator_value"), second="sum", rates=(),
+    ),
+    "Adadelta": Family(
+        adadelta, {"square_avg": (), "acc_delta": ()}, (*_COMMON, "rho", "eps"),
+        lr=1.0, second="square_avg", rates=("rho",),
+    ),
+    "RMSprop": Family(
+        rmsprop, _MEANS, (*_COMMON, "eps", "alpha", "momentum", "centered"),
+        second="square_avg", rates=("alpha",),
+    ),
+    "Adam": Family(adam, _ADAM, (*_BETAS, "amsgrad"), second="exp_avg_sq"),
+    "AdamW": Family(adamw, _ADAM, (*_BETAS, "amsgrad"), second="exp_avg_sq"),
+    "NAdam": Family(
+        nadam, _MOMENTS, (*_EITHER, "momentum_decay"), second="exp_avg_sq", in_float32=True
+    ),
+    "RAdam": Family(radam, _MOMENTS, _EITHER, second="exp_avg_sq"),
+    "Lion": Family(lion, {"exp_avg": _M}, (*_COMMON, "betas")),
+}  # fmt: skip
+
+
+def start(family: str, h: Hyper, param: Array) -> Parts:
+    """A parameter and its states before the first step."""
+    parts = {"param": param}
+    for name in FAMILIES[family].states:
+        begin = h.initial_accumulator_value if name == "sum" else 0.0
+        parts[name] = np.full_like(param, begin)
+    return parts
+
+
+def step(family: str, h: Hyper, t: int, g: Array, parts: Parts) -> Parts:
+    """One step, the ``t``-th of the parameter, counted from 1. A state that the rule has no use for stays."""
+    given = parts | {"grad": -g if h.maximize else g}
+    return FAMILIES[family].rule(Exact(), h, t, given)
+
+
+def bounds(family: str, h: Hyper, t: int, g: Array, parts: Parts, to: Precision) -> Parts:
+    """The largest error that rounding can make in each part in the step that :func:`step` makes exactly. Infinite
+    where the denominator may be zero."""
+    k = Rounding(to)
+    given = {name: k.number(x) for name, x in (parts | {"grad": -g if h.maximize else g}).items()}
     with np.errstate(all="ignore"):
-        u, new = to.u, step(family, h, t, g, parts)
-        p, coupled = parts["param"], h.weight_decay if family != "AdamW" else 0.0
-        e_g = u * (2 * np.abs(coupled * p) + np.abs(g + coupled * p)) if coupled else 0 * g
-        g = (-g if h.maximize else g) + (coupled * p if coupled else 0.0)
-
-        def mean_error(a: Array, after: Array, beta: float) -> Array:
-            went_in = max(beta, 1 - beta) * np.abs(a) + (1 - beta) * np.abs(g)
-            return u * (np.abs(after) + 3 * went_in) + (1 - beta) * e_g + to.tiny
-
-        def square_error(after: Array, beta: float) -> Array:
-            return 5 * u * after + (1 - beta) * (2 * np.abs(g) + e_g) * e_g + 3 * to.tiny
-
-        if family == "RMSprop":
-            v, mean = new["square_avg"], new["grad_avg"]
-            e_v, e_mean = square_error(v, h.alpha), mean_error(parts["grad_avg"], mean, h.alpha)
-            spread, e_spread = v, e_v
-            if h.centered:
-                spread = np.maximum(v - mean**2, 0)
-                e_spread = e_v + (2 * np.abs(mean) + e_mean) * e_mean + u * (mean**2 + spread)
-            least = np.sqrt(np.maximum(spread - e_spread, 0)) + h.eps
-            exact = np.abs(g) / (np.sqrt(spread) + h.eps)
-            e_moved = (np.abs(g) + e_g) / least * (1 + 6 * u) - exact
-            moved, e_buf = exact, e_moved
-            if h.momentum:
-                moved = np.abs(new["momentum_buffer"])
-                e_buf = e_moved + u * (
-                    3 * h.momentum * np.abs(parts["momentum_buffer"]) + 2 * moved
-                )
-            e_p = h.lr * (e_buf + 3 * u * moved)
-            errors = {"square_avg": e_v, "momentum_buffer": e_buf, "grad_avg": e_mean}
-            roundings = 0.5
-        else:
-            m, v = new["exp_avg"], new["exp_avg_sq"]
-            e_m, e_v = mean_error(parts["exp_avg"], m, h.betas[0]), square_error(v, h.betas[1])
-            size, c2 = h.lr / (1 - h.betas[0] ** t), 1 - h.betas[1] ** t
-            by = new["max_exp_avg_sq"] if h.amsgrad else v
-            e_root = np.sqrt(by / c2) - np.sqrt(np.maximum(by - e_v, 0) / c2)  # the larger side
-            denominator = np.sqrt(by / c2) + h.eps
-            update = np.abs(size * m / denominator)
-            powers = sum(2.0**-53 * (2 + t * b**t / (1 - b**t)) for b in h.betas)
-            e_p = (10 * u + powers) * update + (size * e_m + update * e_root) / (
-                denominator - e_root
-            )
-            errors = {"exp_avg": e_m, "exp_avg_sq": e_v, "max_exp_avg_sq": e_v}
-            roundings = 1.5 if h.weight_decay and family == "AdamW" else 0.5
-        if h.lr == 0:
-            e_p = 0 * g
-        e_p = e_p + roundings * to.ulp(np.maximum(np.abs(p), np.abs(new["param"])))
-        errors["param"] = np.where(np.isnan(e_p), np.inf, e_p)
-        return errors
-
-
-def spacing16(x: Array, dtype: torch.dtype) -> Array:
-    """The distance to the next number of float16 or bfloat16 at ``x``."""
-    digits, lowest = (11, -13) if dtype == torch.float16 else (8, -125)
-    return np.exp2((np.maximum(np.frexp(x)[1], lowest) - digits).astype(np.float64))
-
-
-def spacing(x: Array, dtype: torch.dtype) -> Array:
-    """The distance to the next number at ``x`` of the dtype that a parameter rests in."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return spacing16(x, dtype)
-    return precision(dtype).ulp(x)
-
-
-def nearest16(x: Array, dtype: torch.dtype) -> Array:
-    """``x`` rounded once, to nearest even, to float16 or bfloat16; too large numbers become infinite."""
-    spacing = spacing16(x, dtype)
-    rounded = np.rint(x / spacing) * spacing
-    return np.where(np.abs(rounded) > torch.finfo(dtype).max, np.copysign(np.inf, x), rounded)
+        moved = FAMILIES[family].rule(k, h, t, given)
+        errors = {name: number.error + np.zeros_like(g) for name, number in moved.items()}
+    return {name: np.where(np.isnan(error), np.inf, error) for name, error in errors.items()}

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..spec import Unsupported
+from .exact import FAMILIES
 from .lab import Lab, case, need
 from .walk import bits, plain_step
 
+WITH_EPS = tuple(name for name, family in FAMILIES.items() if "eps" in family.fields)
+WITH_RATES = tuple(name for name, family in FAMILIES.items() if family.rates)
 SEAMS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1023, 1024, 1025, 4095, 4097)
 
 
@@ -214,21 +217,21 @@ def zero_gradients(lab: Lab) -> None:
     lab.run([lab.weights(65)], 3, gradient=lambda p: lab.gradient(p) * 0)
 
 
-@case("hostile", "full")
+@case("hostile", "full", families=WITH_RATES)
 def beta_zero(lab: Lab) -> None:
     """Decay rates of 0: no memory"""
-    zero = {"alpha": 0.0} if lab.family == "RMSprop" else {"betas": (0.0, 0.0)}
-    lab.run([lab.weights(513)], 4, lab.hyper(**zero))
+    rates = FAMILIES[lab.family].every_rate(0.0)
+    lab.run([lab.weights(513)], 4, lab.hyper(**rates))
 
 
-@case("hostile", "full")
+@case("hostile", "full", families=WITH_RATES)
 def beta_near_one(lab: Lab) -> None:
     """Decay rates of 0.9999"""
-    slow = {"alpha": 0.9999} if lab.family == "RMSprop" else {"betas": (0.9999, 0.9999)}
-    lab.run([lab.weights(513)], 20, lab.hyper(**slow))
+    rates = FAMILIES[lab.family].every_rate(0.9999)
+    lab.run([lab.weights(513)], 20, lab.hyper(**rates))
 
 
-@case("hostile", "full")
+@case("hostile", "full", families=WITH_EPS)
 def eps_zero(lab: Lab) -> None:
     """eps 0"""
     lab.run([lab.weights(513)], 4, lab.hyper(eps=0.0))
@@ -248,6 +251,16 @@ def lr_schedule(lab: Lab) -> None:
     """The group's lr changes between steps, as schedulers change it"""
     p = lab.weights(129)
     walk = lab.walk(([p], lab.hyper()))
+    for t in range(4):
+        walk.set_lr(0.01 / (t + 1))
+        walk.step([lab.gradient(p)])
+
+
+@case("hostile", "full", families=("SGD", "RMSprop"))
+def momentum_schedule(lab: Lab) -> None:
+    """The same with momentum 0.9: the buffer holds no learning rate"""
+    p = lab.weights(129)
+    walk = lab.walk(([p], lab.hyper(momentum=0.9)))
     for t in range(4):
         walk.set_lr(0.01 / (t + 1))
         walk.step([lab.gradient(p)])

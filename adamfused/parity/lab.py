@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Spec, Unsupported
-from .exact import FIELDS, Hyper
+from .exact import FAMILIES, Hyper
 from .walk import Fail, Found, Walk
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,8 +57,8 @@ class Lab:
         Raises:
             Unsupported: if the candidate does not take something wanted.
         """
-        names = FIELDS[self.family]
-        values: dict[str, Any] = {"lr": 1e-2}
+        names = FAMILIES[self.family].fields
+        values: dict[str, Any] = {"lr": FAMILIES[self.family].lr}
         for name in names:
             default = getattr(self.spec.arguments.get(name), "default", inspect.Parameter.empty)
             if isinstance(default, (int, float, tuple)):
@@ -135,11 +135,11 @@ class Case:
 
 CASES: dict[str, Case] = {}
 
-EVERY = ("Adam", "AdamW", "RMSprop")
-
 
 def case(
-    *sets: str, families: tuple[str, ...] = EVERY, dtypes: tuple[torch.dtype, ...] = FLOATS
+    *sets: str,
+    families: tuple[str, ...] = tuple(FAMILIES),
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> Callable[[Callable[[Lab], None]], Callable[[Lab], None]]:
     """Registers a function as a case of some sets. Its name and docstring are the case's."""
 

@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import formats
+from ..optimizer import FusedOptimizer
 from ..spec import Spec, Unsupported, first_line
-from . import exact
-from .exact import Array, Hyper, Parts
-
-ALIASES = {
-    "exp_avg": ("exp_avg", "m", "state1"),
-    "exp_avg_sq": ("exp_avg_sq", "v", "state2"),
-    "max_exp_avg_sq": ("max_exp_avg_sq",),
-    "square_avg": ("square_avg", "v", "state1"),
-    "momentum_buffer": ("momentum_buffer", "buf"),
-    "grad_avg": ("grad_avg",),
-}
-"""What optimizers call the states, torch's names first."""
+from ..storage import MASTER, scale_key, weight
+from . import arithmetic, exact
+from .arithmetic import Array
+from .exact import Hyper, Parts
 
 # The least share of 16-bit results that are the nearest to the exact one. The rest, where the float32 in between was
 # rounded the other way, must be neighbours. float16 has more digits, so a tie in float32 is less rare.
@@ -53,6 +47,15 @@ def numbers(t: Tensor) -> Array:
     return t.cpu().double().reshape(-1).numpy().copy()
 
 
+def weight_of(optimizer: Optimizer, p: Tensor) -> tuple[Tensor, float]:
+    """The parameter, or the float32 weight that adamfused keeps the rest of beside it; and how much of it was rounded
+    away, where the two together have 16 significant bits."""
+    master = (optimizer.state.get(p) or {}).get(MASTER)
+    if master is None or not isinstance(optimizer, FusedOptimizer):
+        return p, 0.0
+    return weight(p, master), 2.0**-16 if master.dtype == torch.int8 else 0.0
+
+
 def bits(t: Tensor) -> bytes:
     """The bytes of all elements, in the order of the indices."""
     t = t.detach().resolve_conj().cpu()
@@ -73,19 +76,22 @@ def states_of(optimizer: Optimizer, p: Tensor, family: str, h: Hyper) -> dict[st
     """The states of a parameter by torch's names, or ``None`` if it has states and not all that it uses can be read."""
     entry = optimizer.state.get(p) or {}
     found = {}
-    for name in exact.STATES[family]:
-        for alias in ALIASES[name]:
+    states = exact.FAMILIES[family].states
+    for name, others in states.items():
+        for alias in (name, *others):
             t = entry.get(alias) if isinstance(entry, Mapping) else None
             if not isinstance(t, Tensor) or t.shape != p.shape:
                 continue
             plain = type(t) in (Tensor, torch.nn.Parameter)
             if not plain and hasattr(t, "dequantize"):
                 t = t.dequantize()
+            elif t.dtype in formats.CODES and scale_key(alias) in entry:
+                t, plain = formats.get(t, torch.float32, entry[scale_key(alias)]), False
             if t.is_complex() == p.is_complex() and (t.is_complex() or t.is_floating_point()):
                 found[name] = State(numbers(t), t.dtype, plain)
                 break
     used = {"max_exp_avg_sq": h.amsgrad, "momentum_buffer": h.momentum, "grad_avg": h.centered}
-    needed = [name for name in exact.STATES[family] if used.get(name, True)]
+    needed = [name for name in states if used.get(name, True)]
     return found if not entry or all(name in found for name in needed) else None
 
 
@@ -220,7 +226,7 @@ class Walk:
         """
         pairs = zip(self.params, self.hypers, strict=True)
         known = [states_of(self.optimizer, p, self.family, h) for p, h in pairs]
-        before = [numbers(p) for p in self.params]
+        before = [numbers(weight_of(self.optimizer, p)[0]) for p in self.params]
         kept = [bits(p) for p in self.params]
         old = self._kept_states()
         seen = [None if g is None else numbers(g) for g in grads]
@@ -272,23 +278,23 @@ class Walk:
     def _compare_with_exact(
         self, i: int, g: Array, p: Array, known: dict[str, State] | None
     ) -> None:
-        h, t, to = self.hypers[i], self.ages[i], exact.precision(self.params[i].dtype)
+        h, t, to = self.hypers[i], self.ages[i], arithmetic.precision(self.params[i].dtype)
         after = states_of(self.optimizer, self.params[i], self.family, h)
         if t > 1 and (known is None or after is None):
             self.found.free = "its states cannot be read"
         if t > 1 and self.found.free:
             return self._compare_with_path(i, g, h)
-        zeros = np.zeros_like(p)
-        parts: Parts = {"param": p}
-        for name in exact.STATES[self.family]:
-            parts[name] = known[name].values if known and name in known else zeros
+        parts = exact.start(self.family, h, p)
+        parts |= {name: state.values for name, state in (known or {}).items()}
         with np.errstate(all="ignore"):
             wanted = exact.step(self.family, h, t, g, parts)
             limits = exact.bounds(self.family, h, t, g, parts, to)
+            self.paths[i] += np.abs(wanted["param"] - p)
         self.exact[i] = wanted
-        self._judge(
-            i, "param", self.params[i].dtype, numbers(self.params[i]), wanted, limits, parts, g
-        )
+        moved, lost = weight_of(self.optimizer, self.params[i])
+        if lost:
+            limits["param"] = limits["param"] + lost * np.abs(wanted["param"])
+        self._judge(i, "param", moved.dtype, numbers(moved), wanted, limits, parts, g)
         if t == 1 and self.found.ratio <= 1 and _other_meaning(after or {}, wanted, limits):
             self.found.free = "its states are not the rule's running averages"
         for name, state in (after or {}).items():
@@ -306,17 +312,23 @@ class Walk:
         parts: Parts,
         g: Array,
     ) -> None:
-        to = exact.precision(dtype)
-        wanted, limit = all_wanted[part], all_limits[part] * (2 if to is exact.DOUBLE else SLACK)
+        to = arithmetic.precision(dtype)
+        wanted, limit = (
+            all_wanted[part],
+            all_limits[part] * (2 if to is arithmetic.DOUBLE else SLACK),
+        )
         is_half = dtype in NEAREST
         with np.errstate(all="ignore"):
             largest = float(torch.finfo(dtype).max)
             wanted = np.where(np.abs(wanted) > largest, np.copysign(np.inf, wanted), wanted)
-            nearest = exact.nearest16(wanted, dtype) if is_half else _rounded(wanted, dtype)
-            if is_half:
-                limit = limit + exact.spacing16(wanted, dtype)
+            nearest = arithmetic.nearest16(wanted, dtype) if is_half else _rounded(wanted, dtype)
             error = np.abs(got - wanted)
             same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
+            good = same | (got == nearest)
+            if is_half:
+                spacing = arithmetic.spacing16(wanted, dtype)
+                good |= error <= 0.5 * spacing + limit  # a tie that float32 told the other way
+                limit = limit + spacing
             ratio = np.where(same, 0.0, error / limit)
             # NaN where a number is due, or a number where NaN is due; a limit that is infinite allows all.
             ratio = np.where(np.isnan(ratio), np.where(np.isinf(limit), 0.0, np.inf), ratio)
@@ -331,14 +343,13 @@ class Walk:
             self.found.count += len(got)
             self.found.nearest += int(np.sum((got == nearest) | same))
         if is_half:
-            good, total = self.found.shares.get(str(dtype), (0, 0))
-            good += int(np.sum((got == nearest) | same))
-            self.found.shares[str(dtype)] = good, total + len(got)
+            count, total = self.found.shares.get(str(dtype), (0, 0))
+            self.found.shares[str(dtype)] = count + int(good.sum()), total + len(got)
         self._note(i, part, ratio, got, wanted, limit, parts, g)
 
     def _count_ulps(self, error: Array, wanted: Array, dtype: torch.dtype) -> None:
         finite = np.isfinite(wanted) & np.isfinite(error)
-        ulps = error[finite] / exact.spacing(wanted[finite], dtype)
+        ulps = error[finite] / arithmetic.spacing(wanted[finite], dtype)
         places = np.searchsorted(ULP_EDGES, ulps / SLACK)
         for place, count in zip(*np.unique(places, return_counts=True), strict=True):
             self.found.ulps[int(place)] += int(count)
@@ -378,7 +389,7 @@ class Walk:
             self.exact[i] = wanted = exact.step(self.family, h, self.ages[i], g, before)
             self.paths[i] += np.abs(wanted["param"] - before["param"])
             got, way = numbers(self.params[i]), self.paths[i]
-            ulp = exact.spacing(wanted["param"], self.params[i].dtype)
+            ulp = arithmetic.spacing(wanted["param"], self.params[i].dtype)
             limit = 1.5 * self.ages[i] * ulp + FREE * way
             ratio = np.abs(got - wanted["param"]) / limit
             missing = np.isnan(wanted["param"]) != np.isnan(got)
@@ -391,7 +402,7 @@ class Walk:
         dtype = self.params[i].dtype
         with np.errstate(all="ignore"):
             self.paths[i] += np.abs(other - p)
-            ulp = exact.spacing(other, dtype)
+            ulp = arithmetic.spacing(other, dtype)
             limit = 3 * self.ages[i] * ulp + FREE * self.paths[i]
             error = np.abs(mine - other)
             same = (mine == other) & (np.signbit(mine) == np.signbit(other))
@@ -413,7 +424,7 @@ def _other_meaning(states: Mapping[str, State], wanted: Parts, limits: Parts) ->
             error = np.abs(state.values - wanted[name])
         # Where squares underflow, a state of 0 is right.
         off = (error > 0.1 * np.abs(wanted[name])) & (error > limits[name])
-        if known.any() and np.median(off[known]) > 0.5:
+        if state.judged and known.any() and np.median(off[known]) > 0.5:
             return True
     return False
 
