@@ -12,6 +12,8 @@ from .base import check_lr, check_not_negative, numbers
 from .optimizer import FusedOptimizer
 from .options import Extras, with_extras
 from .plan import Plan
+from .shards import local
+from .storage import STEP
 
 
 @with_extras
@@ -113,10 +115,12 @@ class Adagrad(FusedOptimizer):
         return float(group["initial_accumulator_value"]) if key == "sum" else 0.0
 
     def share_memory(self) -> None:
-        """Puts the sums into memory that processes share, as ``torch.optim.Adagrad`` does, for several that train one
-        model without locks. Makes the states that the first step would make."""
+        """Puts the states into memory that processes share, as ``torch.optim.Adagrad`` does, for several that train
+        one model without locks. Makes those that the first step would make. Each process counts its own steps."""
         for group in self.param_groups:
             for p in group["params"]:
                 if not self.state.get(p):
                     self.state[p] = self._new_state(p, group, self._full_plan(group))
-                self.state[p]["sum"].share_memory_()
+                for key, state in self.state[p].items():
+                    if key != STEP:
+                        local(state).share_memory_()

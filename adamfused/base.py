@@ -61,6 +61,21 @@ def plain_betas(betas: Sequence[float | Tensor]) -> tuple[Any, ...]:
     return tuple(as_number(b) if isinstance(b, Tensor) and b.numel() == 1 else b for b in betas)
 
 
+def check_group_keys(name: str, group: Mapping[str, Any]) -> None:
+    """Raises ValueError for what a group asks for in vain."""
+    if group.get("differentiable", False):
+        raise ValueError(
+            f"adamfused.{name} cannot be differentiated through; expected differentiable=False; use torch.optim.{name} "
+            "for that"
+        )
+    for key in DEFAULTS.keys() - {*GROUP_EXTRAS, "copy_to"}:
+        if key in group and group[key] != DEFAULTS[key]:
+            raise ValueError(
+                f"{name}: a parameter group has {key}={group[key]!r}, which is an option of the whole optimizer; give "
+                "it to the constructor"
+            )
+
+
 class BaseOptimizer(Optimizer):
     """Groups and options."""
 
@@ -68,6 +83,8 @@ class BaseOptimizer(Optimizer):
     """For group keys that older checkpoints lack: the value that they stood for."""
     _known_states: ClassVar[tuple[str, ...]] = ()
     """Every state name that the optimizer may have, in any setting."""
+    _late_states: ClassVar[tuple[str, ...]] = ()
+    """Those of them that a parameter which has made steps may still lack: they begin when they are needed."""
     _carried: ClassVar[str | None] = None
     """The name of the number that its rule carries from step to step, if it does."""
     _torch_lacks: ClassVar[tuple[str, ...]] = ()
@@ -93,11 +110,7 @@ class BaseOptimizer(Optimizer):
         given = DEFAULTS | dict(extras)
         self._options = Options.of(given)
         own |= {name: (given[name], DEFAULTS[name]) for name in GROUP_EXTRAS}
-        if defaults.get("differentiable", False):
-            raise ValueError(
-                f"adamfused.{type(self).__name__} cannot be differentiated through; expected differentiable=False; "
-                f"use torch.optim.{type(self).__name__} for that"
-            )
+        check_group_keys(type(self).__name__, defaults)
         check_options({key: value for key, (value, _) in own.items()})
         backend.choose(given["backend"])
         backend.native()
@@ -193,6 +206,7 @@ class BaseOptimizer(Optimizer):
                         f"{first[id(t)]} once more; expected each parameter once; remove one of them"
                     )
             group = self.defaults | param_group
+            check_group_keys(type(self).__name__, param_group)
             check_options(group)
             self._check_group(group)
             self._check_average(group)

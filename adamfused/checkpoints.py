@@ -134,8 +134,10 @@ class Checkpoints(BaseOptimizer):
             if entry:
                 entry = self._completed(entry)
             if entry and problem is None:
+                late = [key for key in self._late_states if key not in entry]
+                plan = plans[j]._replace(keys=tuple(k for k in plans[j].keys if k not in late))
                 problem = checks.load_problem(
-                    p, entry, plans[j], self._known_keys(), group.get("master_weights")
+                    p, entry, plan, self._known_keys(), group.get("master_weights")
                 )
             if problem:
                 raise ValueError(f"{self._place(p)}: {problem}")

@@ -131,8 +131,8 @@ def tensors_problem(param: Tensor, grad: Tensor) -> str | None:
         return "it was made in inference mode and cannot be written outside of it; make the parameter from a clone()"
     if grad.layout is not torch.strided and not stands_for_another(grad):
         return (
-            f"its gradient is sparse (layout {grad.layout}); expected a dense one; use torch.optim.SparseAdam, or "
-            "sparse=False in the embedding that makes it"
+            f"its gradient is sparse (layout {grad.layout}); expected a dense one; use sparse=False in the embedding "
+            "that makes it, or torch.optim's SGD, Adagrad or SparseAdam, which take sparse ones"
         )
     if stands_for_another(grad):
         return _memory_problem(grad, "its gradient")

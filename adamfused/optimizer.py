@@ -221,6 +221,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 if not self.state.get(p):
                     before[p] = dict.get(self.state, p)
                     init(j, i)
+                self._begin_late(p, groups[j], plans[j])
                 self._check(p, groups[j], plans[j])
                 t = float(self.state[p][STEP] + 1)
                 if t not in decays:
@@ -320,6 +321,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 continue
             if len(self.state[p]) == 0:
                 self.state[p] = self._new_state(p, group, plan)
+            self._begin_late(p, group, plan)
             if EMA in plan.keys and EMA not in self.state[p]:
                 self.state[p][EMA] = self._new_average(p, self.state[p].get(MASTER))
             state = self.state[p]
@@ -369,10 +371,11 @@ class FusedOptimizer(States, Clipping, Checkpoints):
         self, p: Any, group: dict[str, Any], plan: Plan, choice: str
     ) -> list[Tensor | None] | None:
         """What to do with a parameter that the kernels did not take: an error, other tensors, or the reference."""
+        begun = isinstance(p, Tensor) and self._begin_late(p, group, plan)
         self._check(p, group, plan)
         parts = self._parts(p, plan)
         reason = backend.why_not_native(parts.param.device)
-        if reason is None and parts.param is not p:
+        if reason is None and (begun or parts.param is not p):
             return parts.listed()
         if choice == "native":
             raise RuntimeError(

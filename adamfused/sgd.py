@@ -16,6 +16,10 @@ from .plan import Plan
 from .storage import STEP
 
 
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and not value)
+
+
 @with_extras
 class SGD(FusedOptimizer):
     r"""Stochastic gradient descent, with momentum or without, fused; a drop-in for :class:`torch.optim.SGD`.
@@ -72,6 +76,7 @@ class SGD(FusedOptimizer):
         "fused": False,
     }
     _known_states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    _late_states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     _torch_lacks: ClassVar[tuple[str, ...]] = (STEP,)
     _own_options: ClassVar[tuple[str, ...]] = ("capturable",)
 
@@ -102,14 +107,15 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
+        self._check_group(defaults)
+        if nesterov and (momentum <= 0 or dampening != 0):  # a group may be without momentum
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         super().__init__(params, defaults, extras, capturable=(capturable, False))
 
     @staticmethod
     def _check_group(group: Mapping[str, Any]) -> None:
         check_lr(group["lr"])
         check_not_negative(group, "momentum", "weight_decay")
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         hyper = numbers(group, "weight_decay", "momentum", "dampening", "nesterov", "maximize")
@@ -118,6 +124,15 @@ class SGD(FusedOptimizer):
         return Plan("sgd", (), hyper)
 
     def _completed(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """A parameter that has a buffer has made a step."""
-        entry = {key: value for key, value in entry.items() if value is not None}
-        return {STEP: torch.tensor(float("momentum_buffer" in entry)), **entry}
+        """A parameter that has a buffer has made a step. Flattened checkpoints have ``{}`` for what torch's lack."""
+        entry = {key: value for key, value in entry.items() if not _is_nothing(value)}
+        count = torch.tensor(
+            float("momentum_buffer" in entry), dtype=torch.float32, device=torch.device("cpu")
+        )
+        return {STEP: count, **entry}
+
+    def _begin_late(self, p: Tensor, group: dict[str, Any], plan: Plan) -> bool:
+        begun = super()._begin_late(p, group, plan)
+        if begun and group["dampening"] != 0:  # only a first step is not dampened
+            self.state[p][STEP].zero_()
+        return begun

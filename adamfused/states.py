@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .storage import (
     EMA,
     MASTER,
     STEP,
+    check_options,
     fill,
     new_master,
     new_scale,
@@ -67,23 +69,39 @@ class States(Averaging):
 
     @torch.no_grad()
     def _new_state(self, p: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Tensor]:
-        keys = plan.keys
+        check_options(group)  # it may have been written to since the constructor looked
         device = p.device if group.get("capturable", False) else torch.device("cpu")
         state = {STEP: torch.zeros((), dtype=torch.float32, device=device)}
         if plan.carried is not None:
             state[plan.carried] = torch.ones_like(state[STEP])
+        state |= self._new_states(p, group, plan.keys)
+        if kind := group.get("master_weights"):
+            state[MASTER] = new_master(p, kind)
+        return state
+
+    def _new_states(
+        self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
+    ) -> dict[str, Tensor]:
+        state = {}
         for key in keys:
             if key == EMA:
                 state[key] = self._new_average(p)
             else:
                 state[key] = new_state(p, state_dtype_for(p, group.get("state_dtype"), key))
-        if kind := group.get("master_weights"):
-            state[MASTER] = new_master(p, kind)
         scales = {scale_key(key): new_scale(p) for key in keys if state[key].dtype in CODES}
-        for key in plan.keys:
+        for key in keys:
             if key != EMA and (number := self._begins_with(group, key)) != 0:
                 fill(p, state[key], scales.get(scale_key(key)), number, group.get("seed", 0))
         return state | scales
+
+    @torch.no_grad()
+    def _begin_late(self, p: Tensor, group: dict[str, Any], plan: Plan) -> bool:
+        """Makes what the parameter has not needed until now. Whether there was any: no number has then changed."""
+        state = self.state[p]
+        late = [key for key in self._late_states if key in plan.keys and state.get(key) is None]
+        if late:
+            state |= self._new_states(p, group, late)
+        return bool(late)
 
     def _full_plan(self, group: dict[str, Any]) -> Plan:
         plan = self._plan(group)

@@ -175,6 +175,7 @@ struct Row {
 // None to leave it to the caller. factor and found_inf: as in Common. Returns what was left, [(j, i)].
 py::list step(const py::dict& state, const py::list& groups, const py::function& init, const py::function& judge,
               const c10::optional<at::Tensor>& factor, const c10::optional<at::Tensor>& found_inf) {
+  const OneThreadIfForked here;
   py::list left;
   std::vector<Group> all(groups.size());
   std::deque<std::vector<c10::optional<at::Tensor>>> judged;  // what judge gave
@@ -224,6 +225,7 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
 // and the places of the parameters whose gradients these kernels cannot read. Those without a gradient are passed over.
 py::tuple gradient_sums(const py::list& params, const c10::optional<std::vector<at::Tensor>>& grads, bool largest) {
   TORCH_CHECK(!grads || grads->size() == params.size(), "adamfused._C.gradient_sums: as many grads as params");
+  const OneThreadIfForked here;
   GradientSum work(largest);
   py::list left;
   std::deque<at::Tensor> held;  // a parameter may lose its gradient while the kernels run
@@ -273,6 +275,7 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList states,
              c10::string_view rule, at::ArrayRef<double> hyper, double lr, const c10::optional<at::Tensor>& lr_tensor,
              c10::optional<double> ema_decay, const c10::optional<at::Tensor>& factor, bool at_random,
              at::IntArrayRef place_keys, at::IntArrayRef firsts) {
+  const OneThreadIfForked here;
   Group group;
   group.rule = rule_named(rule);
   group.averaged = ema_decay.has_value(), group.ema_decay = ema_decay.value_or(0.0), group.at_random = at_random;

@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <fenv.h>
+#include <omp.h>
 
 #include <array>
 #include <atomic>
@@ -104,6 +105,20 @@ class DefaultArithmetic {
 
 // OpenMP's threads do not survive a fork, and its next parallel region would wait for them for ever.
 std::atomic<bool> forked{false};
+
+// In a forked child, also torch's operations use one thread while this lives: those that make states and copies.
+class OneThreadIfForked {
+ public:
+  OneThreadIfForked() : before_(forked.load() ? omp_get_max_threads() : 0) {
+    if (before_ > 1) omp_set_num_threads(1);
+  }
+  ~OneThreadIfForked() {
+    if (before_ > 1) omp_set_num_threads(before_);
+  }
+
+ private:
+  const int before_;
+};
 
 struct Group {
   int rule;

@@ -184,8 +184,8 @@ Row = tuple[Provoke, str]
 # fmt: off
 TENSORS: dict[str, Row] = {
     "sparse gradient": (gradient(Tensor.to_sparse),
-        "its gradient is sparse (layout torch.sparse_coo); expected a dense one; use torch.optim.SparseAdam, or "
-        "sparse=False in the embedding that makes it"),
+        "its gradient is sparse (layout torch.sparse_coo); expected a dense one; use sparse=False in the embedding "
+        "that makes it, or torch.optim's SGD, Adagrad or SparseAdam, which take sparse ones"),
     "integer gradient": (gradient(lambda g: g.int()), f"its gradient has dtype torch.int32; expected {DTYPES}"),
     "float8 gradient": (gradient(lambda g: g.to(torch.float8_e4m3fn)),
         f"its gradient has dtype torch.float8_e4m3fn; expected {DTYPES}"),

@@ -26,6 +26,7 @@ __all__ = ["Case", "Comparison", "Interval", "Report", "Row", "bench", "compare"
 
 HELP = "time the steps of any optimizers against each other and against the memory bandwidth"
 OK, SLOWER, UNUSABLE = 0, 1, 2  # exit codes
+MAX_REGRESSION = 0.05
 OPTIMIZERS = "adamfused:AdamW,torch.optim:AdamW[fused=True]"
 SIZES = "1e7"
 
@@ -72,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-regression",
         metavar="P%",
         type=_percent,
-        default=0.05,
-        help="how much slower than in the old report a row may be (default: 5%%)",
+        help="how much slower than in the old report a row may be (default: 5%%); needs --compare",
     )
 
 
@@ -81,9 +81,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure, show, and return the exit code."""
     try:
         shown.check_outputs(args, ("json", "csv", "plot", "html"))
+        if args.max_regression is not None and not args.compare:
+            raise ValueError("--max-regression compares with an old report; give it with --compare")
+        most = MAX_REGRESSION if args.max_regression is None else args.max_regression
         old = _old(args.compare) if args.compare else None
         report = _measured(args)
-        comparison = compare(old, report, args.max_regression) if old else None
+        comparison = compare(old, report, most) if old else None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
