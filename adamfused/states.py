@@ -69,7 +69,6 @@ class States(Averaging):
 
     @torch.no_grad()
     def _new_state(self, p: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Tensor]:
-        check_options(group)  # it may have been written to since the constructor looked
         device = p.device if group.get("capturable", False) else torch.device("cpu")
         state = {STEP: torch.zeros((), dtype=torch.float32, device=device)}
         if plan.carried is not None:
@@ -127,6 +126,7 @@ class States(Averaging):
         if not isinstance(p, Tensor):
             raise RuntimeError(f"{self._place(p)}: expected a tensor; got {type(p).__name__}")
         if only_tensors:
+            check_options(group)  # it may have been written to since the constructor looked
             problem = checks.tensors_problem(local(p), local_gradient(p))
             problem = problem or self._format_problem(p, group)
         else:

@@ -617,6 +617,7 @@ def test_a_wrong_number_is_refused_in_words(
     "arguments, message",
     [
         (["--sizes", "many"], "'many' is no size"),
+        (["--max-regression", "5%"], "--max-regression compares with an old report; give it with"),
         (["--optimizers", "nowhere:Nothing"], "nowhere cannot be imported"),
         (["--dtype", "int32"], "dtype must be float32, float64, bfloat16 or float16; got 'int32'"),
         (["--plot", "out.gif"], "--plot out.gif: expected a name that ends in .png"),

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits, tensors_of, threads, wild
+from torch import Tensor
 from torch.optim import Optimizer
 
 from adamfused import AdamW, RMSprop, backend
@@ -100,6 +101,25 @@ def test_step_in_a_forked_child() -> None:
         said = in_child(lambda: stepped(optimizer))
     assert said == expected([LARGE, 3], steps=2)
     assert stepped(optimizer) == said, "the parent's own step"
+
+
+def strided(n: int) -> list[Tensor]:
+    """A parameter that moves by way of a copy, and one whose gradient lies otherwise in memory."""
+    p = torch.nn.Parameter(torch.ones(n, 300)[:, ::2])
+    q = torch.nn.Parameter(torch.ones(64, 64, 10, 10).to(memory_format=torch.channels_last))
+    p.grad, q.grad = torch.ones(1).expand(p.shape), torch.ones(64, 64, 10, 10)
+    return [p, q]
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "max_grad_norm": 1e9}])
+def test_steps_with_copies_and_first_steps_in_a_forked_child(options: dict[str, Any]) -> None:
+    """Those are torch's own parallel operations."""
+    with threads(2):
+        old, new = (AdamW(strided(2000), **options) for _ in range(2))
+        old.step()
+        in_parent = torch.get_num_threads()
+        said = in_child(lambda: f"{stepped(new)} {stepped(old)} {torch.get_num_threads()}")
+        assert said == f"{stepped(new)} {stepped(old)} {in_parent}"
 
 
 def test_control_a_hang_is_noticed() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -543,6 +544,41 @@ def test_argument_is_refused_in_torchs_words(make, options, message) -> None:
 @pytest.mark.parametrize(("make", "options", "message"), OWN_ARGUMENTS, ids=lambda x: str(x)[:40])
 def test_own_argument_is_refused(make, options, message) -> None:
     assert refusal_of(make, options) == message
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_grad_norm": 0.1}, "AdamW: a parameter group has max_grad_norm=0.1, which is an"),
+        ({"ema_decay": 0.9}, "AdamW: a parameter group has ema_decay=0.9, which is an option of"),
+        ({"backend": "native"}, "AdamW: a parameter group has backend='native', which is an"),
+        ({"fused_unscale": False}, "AdamW: a parameter group has fused_unscale=False, which is an"),
+        ({"differentiable": True}, "adamfused.AdamW cannot be differentiated through; expected"),
+        ({"state_dtype": "half"}, "Invalid state_dtype value: 'half'; expected"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_option_of_the_whole_optimizer_is_refused_in_a_group(option, message) -> None:
+    """There it would be asked for in vain."""
+    group = {"params": [parameter(0, 2)], **option}
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        AdamW([dict(group)])
+    optimizer = AdamW([parameter(1, 2)])
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        optimizer.add_param_group(dict(group))
+    assert everything(optimizer) == before and len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [parameter(0, 2)], "max_grad_norm": None, "mine": 3})
+
+
+@pytest.mark.reference
+def test_format_that_was_written_into_a_group_is_refused_by_the_first_step(path) -> None:
+    optimizer = AdamW([parameter(0, 2)], backend=path)
+    optimizer.param_groups[0]["state_dtype"] = "half"
+    with pytest.raises(ValueError, match="^Invalid state_dtype value: 'half'"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @pytest.mark.reference

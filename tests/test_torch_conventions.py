@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import give_gradient, threads
 from torch import Tensor
 
 import adamfused
+import adamfused.formats
 
 pytestmark = pytest.mark.reference
 
@@ -330,3 +332,25 @@ def test_adagrad_shares_its_sums() -> None:
     assert torch.equal(total, torch.full((2,), 1.5))
     optimizer.step()
     assert torch.equal(total, torch.full((2,), 2.5))
+
+
+def test_adagrad_shares_all_that_a_sum_of_8_bits_needs(path: str) -> None:
+    """Codes without their scales would mean something else in each process; a step count is each one's own."""
+    p = torch.nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
+    options = {"state_dtype": "int8", "master_weights": "split16", "ema_decay": 0.9}
+    optimizer = adamfused.Adagrad([p], lr=0.1, backend=path, **options)
+    optimizer.share_memory()
+    shared = {key for key, state in optimizer.state[p].items() if state.is_shared()}
+    assert shared == {"sum", "sum_scale", "master", "ema"}
+    with threads(1):  # OpenMP's threads do not survive a fork, and the reference needs none
+        p.data.share_memory_()
+        for expected in (0.25, 0.5):
+            if (child := os.fork()) == 0:
+                give_gradient(p, torch.full_like(p, 0.5))
+                optimizer.step()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            state = optimizer.state[p]
+            total = adamfused.formats.get(state["sum"], torch.float32, state["sum_scale"])
+            # codes are at most 1/8 apart
+            assert torch.allclose(total, torch.full_like(total, expected), rtol=0.13)
