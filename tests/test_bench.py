@@ -36,7 +36,7 @@ LARGE = str(
 MINE = """
 import torch
 
-class Mine(torch.optim.SGD):
+class Mine(torch.optim.ASGD):
     '''An optimizer of a rule that nobody knows.'''
 
 class Wrong(torch.optim.AdamW):
