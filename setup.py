@@ -30,7 +30,12 @@ CSRC = ROOT / "csrc"
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("ADAMFUSED_BUILD") or "auto"
 ARCHS = re.findall(r"[^;, ]+", os.environ.get("ADAMFUSED_CUDA_ARCHS", ""))
-DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # code for one runs on all that have its first number, from it on
+DEFAULT_ARCHS = (
+    "8.0",
+    "9.0",
+    "10.0",
+    "12.0",
+)  # code for one runs on all that have its first number, from it on
 DEBUG = os.environ.get("ADAMFUSED_DEBUG", "0") not in ("", "0")
 CXX = shlex.split(os.environ.get("CXX") or "c++")
 NO_TORCH = """adamfused: torch cannot be imported in this build ({}).

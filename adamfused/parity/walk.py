@@ -312,11 +312,8 @@ class Walk:
         parts: Parts,
         g: Array,
     ) -> None:
-        to = arithmetic.precision(dtype)
-        wanted, limit = (
-            all_wanted[part],
-            all_limits[part] * (2 if to is arithmetic.DOUBLE else SLACK),
-        )
+        slack = 2 if arithmetic.precision(dtype) is arithmetic.DOUBLE else SLACK
+        wanted, limit = all_wanted[part], all_limits[part] * slack
         is_half = dtype in NEAREST
         with np.errstate(all="ignore"):
             largest = float(torch.finfo(dtype).max)
