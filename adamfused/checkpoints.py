@@ -70,7 +70,7 @@ class Checkpoints(BaseOptimizer):
             >>> optimizer = adamfused.AdamW([weight], master_weights="split16", state_dtype="int8")
             >>> optimizer.step()
             >>> list(optimizer.state_dict()["state"][0])
-            ['step', 'exp_avg', 'exp_avg_sq', 'exp_avg_scale', 'exp_avg_sq_scale', 'master']
+            ['step', 'exp_avg', 'exp_avg_sq', 'master', 'exp_avg_scale', 'exp_avg_sq_scale']
             >>> list(optimizer.state_dict(format="torch")["state"][0])
             ['step', 'exp_avg', 'exp_avg_sq']
             >>> torch.optim.AdamW([weight]).load_state_dict(optimizer.state_dict(format="torch"))

@@ -73,14 +73,16 @@ class States(Averaging):
         state = {STEP: torch.zeros((), dtype=torch.float32, device=device)}
         if plan.carried is not None:
             state[plan.carried] = torch.ones_like(state[STEP])
-        state |= self._new_states(p, group, plan.keys)
+        states, scales = self._new_states(p, group, plan.keys)
+        state |= states
         if kind := group.get("master_weights"):
             state[MASTER] = new_master(p, kind)
-        return state
+        return state | scales
 
     def _new_states(
         self, p: Tensor, group: dict[str, Any], keys: Sequence[str]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those of these names, and their scales by key."""
         state = {}
         for key in keys:
             if key == EMA:
@@ -91,7 +93,7 @@ class States(Averaging):
         for key in keys:
             if key != EMA and (number := self._begins_with(group, key)) != 0:
                 fill(p, state[key], scales.get(scale_key(key)), number, group.get("seed", 0))
-        return state | scales
+        return state, scales
 
     @torch.no_grad()
     def _begin_late(self, p: Tensor, group: dict[str, Any], plan: Plan) -> bool:
@@ -99,7 +101,8 @@ class States(Averaging):
         state = self.state[p]
         late = [key for key in self._late_states if key in plan.keys and state.get(key) is None]
         if late:
-            state |= self._new_states(p, group, late)
+            for made in self._new_states(p, group, late):
+                state |= made
         return bool(late)
 
     def _full_plan(self, group: dict[str, Any]) -> Plan:
