@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.optim import Optimizer
 
+import adamfused
 from adamfused import machine
 from adamfused.demo import charlm, data
 from adamfused.demo.mnist import small_cnn
@@ -408,6 +409,7 @@ TASKS: dict[str, Callable[..., float]] = {f.__name__: f for f in (digits, charac
 
 STEPS = {"errors": 1000, "digits": 150, "characters": 100, "words": 600}
 QUICK = {"errors": 200, "digits": 10, "characters": 2, "words": 20}
+LONG, LONG_SEEDS = 500, 5  # of ``characters``, by the kernels
 SEEDS = {"float32": 5, "m3 v3": 3, "softsign": 1, "dynamic": 1, "absmax": 1}  # of who trains
 
 
@@ -449,12 +451,34 @@ def compare_training(tasks: Sequence[str], quick: bool) -> dict[str, dict[str, l
     return found
 
 
+def compare_long(steps: int, seeds: int) -> dict[str, list[float]]:
+    """Prints how well the kernels train for long, and returns every loss."""
+    makers: dict[str, Make] = {
+        "torch's float32": partial(torch.optim.AdamW, fused=True),
+        "adamfused's int8": partial(adamfused.AdamW, state_dtype="int8"),
+    }
+    print(f"\nThe same of characters after {steps} steps, by the kernels")
+    losses: dict[str, list[float]] = {name: [] for name in makers}
+    for seed in range(seeds):
+        for name, make in makers.items():
+            losses[name].append(characters(make, seed, steps))
+            print(f"{name:17} seed {seed} {losses[name][-1]:8.4f}", flush=True)
+    floats, codes = losses.values()
+    above = [x - y for x, y in zip(codes, floats, strict=True)]
+    spread = stdev(floats) if seeds > 1 else 0.0
+    print(f"int8 above float32: {fmean(above):+.4f}; deviation of float32's: {spread:.4f}")
+    return losses
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compares, and writes what was found."""
     parser = argparse.ArgumentParser(description="Compare 8-bit codes of AdamW's moments.")
     parser.add_argument("--quick", action="store_true", help="a minute, too little to tell much")
     parts = ["errors", *TASKS]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*parts, "long"], default=parts, metavar="NAME",
+        help=f"of {', '.join(parts)} (all of these), and long, which takes 25 minutes",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # sums then have one order
@@ -462,7 +486,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "errors" in args.only:
         steps = (QUICK if args.quick else STEPS)["errors"]
         found |= {"scenarios": SCENARIOS, "errors": compare_errors(steps)}
-    found["losses"] = compare_training([t for t in TASKS if t in args.only], args.quick)
+    if tasks := [task for task in TASKS if task in args.only]:
+        found["losses"] = compare_training(tasks, args.quick)
+    if "long" in args.only:
+        found["long"] = compare_long(*((2, 2) if args.quick else (LONG, LONG_SEEDS)))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

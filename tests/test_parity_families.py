@@ -181,6 +181,16 @@ def test_what_torchs_own_do_wrong_is_told(name: str) -> None:
     assert {"bfloat16", "float16"} <= found
 
 
+def test_torchs_fused_sgd_does_not_move_16_bit_parameters() -> None:
+    """On the CPU, torch 2.13. No loss of a short test shows it: the last elements move."""
+    found = failed("torch.optim:SGD[fused=True]", dtype="bfloat16")
+    assert {"defaults", "large_tensor"} <= set(found)
+    p = torch.ones(100, dtype=torch.bfloat16, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    torch.optim.SGD([p], lr=0.5, fused=True).step()
+    assert (p == 1.0).sum() == 96
+
+
 def test_agrees_knows_every_family() -> None:
     for name in OTHERS:
         assert agrees(f"adamfused:{name}") is None
