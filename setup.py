@@ -200,7 +200,7 @@ def with_kernels():
             cuda = {"cuda": None, "cuda_archs": []}
             try:
                 if MODE != "cpu":
-                    return self.build_with(ext, *compile_cuda(f"{self.kept}-cuda"))
+                    return self.build_with(ext, *compile_cuda(self.kept))
             except Exception as error:
                 if MODE == "cuda":
                     raise
@@ -209,14 +209,13 @@ def with_kernels():
             self.build_with(ext, [], [], cuda)
 
         def build_with(self, ext, objects, link, cuda):
-            define = ["-DADAMFUSED_WITH_CUDA"] if cuda["cuda"] else []
             self.build_temp = f"{self.kept}-cuda" if cuda["cuda"] else f"{self.kept}-nocuda"
-            cxx = [*CXX, *CXX_FLAGS, "-Wextra", "-std=c++17", *define]
+            cxx = [*CXX, *CXX_FLAGS, "-Wextra", "-std=c++17"]
             # Baseline code first: of an inline function that several files have, the linker
             # keeps the first, which must run on any CPU.
             commands = {"cpu/isa.cpp": cxx}
             commands |= {f"cpu/{isa}.cpp": [*cxx, *flags.split()] for isa, flags in ISAS.items()}
-            ext.extra_objects = compile_all(self.build_temp, commands) + objects
+            ext.extra_objects = compile_all(self.kept, commands) + objects
             ext.define_macros = [("ADAMFUSED_WITH_CUDA", None)] if cuda["cuda"] else []
             ext.extra_link_args = link
             super().build_extension(ext)
