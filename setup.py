@@ -118,8 +118,8 @@ def compile_all(folder, commands):
     return [task.result() for task in tasks]
 
 
-def compile_cuda(folder):
-    """Objects, what to link, and facts. It makes no difference whether this torch has CUDA."""
+def cuda_commands():
+    """Commands by source, what to link, and facts. It makes no difference whether this torch has CUDA."""
     home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     homes = [Path(home or "/usr/local/cuda")]
     if nvcc and not home:  # may be a script outside of the toolkit: then the check below fails
@@ -139,8 +139,8 @@ def compile_cuda(folder):
     flags.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for later GPUs
     command = [nvcc, *NVCC_FLAGS, *flags, f"--threads={jobs()}"]
     names = sorted(f"cuda/{path.name}" for path in (CSRC / "cuda").glob("*.cu"))
-    objects = compile_all(folder, dict.fromkeys(names, command))
-    return objects, [cudart, "-ldl", "-lrt", "-lpthread"], {"cuda": release, "cuda_archs": archs}
+    link = [cudart, "-ldl", "-lrt", "-lpthread"]
+    return dict.fromkeys(names, command), link, {"cuda": release, "cuda_archs": archs}
 
 
 class BuildPy(build_py):
@@ -200,22 +200,22 @@ def with_kernels():
             cuda = {"cuda": None, "cuda_archs": []}
             try:
                 if MODE != "cpu":
-                    return self.build_with(ext, *compile_cuda(self.kept))
+                    return self.build_with(ext, *cuda_commands())
             except Exception as error:
                 if MODE == "cuda":
                     raise
                 cuda["cuda_error"] = f"{error}"
                 say(f"no CUDA kernels: {error}")
-            self.build_with(ext, [], [], cuda)
+            self.build_with(ext, {}, [], cuda)
 
-        def build_with(self, ext, objects, link, cuda):
+        def build_with(self, ext, more, link, cuda):
             self.build_temp = f"{self.kept}-cuda" if cuda["cuda"] else f"{self.kept}-nocuda"
             cxx = [*CXX, *CXX_FLAGS, "-Wextra", "-std=c++17"]
             # Baseline code first: of an inline function that several files have, the linker
             # keeps the first, which must run on any CPU.
             commands = {"cpu/isa.cpp": cxx}
             commands |= {f"cpu/{isa}.cpp": [*cxx, *flags.split()] for isa, flags in ISAS.items()}
-            ext.extra_objects = compile_all(self.kept, commands) + objects
+            ext.extra_objects = compile_all(self.kept, commands | more)
             ext.define_macros = [("ADAMFUSED_WITH_CUDA", None)] if cuda["cuda"] else []
             ext.extra_link_args = link
             super().build_extension(ext)

@@ -361,10 +361,14 @@ class FusedOptimizer(States, Clipping, Checkpoints):
         )
 
     def _check_capture(self) -> None:
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)
-        if check is None:  # torch before 2.10
-            check = self._cuda_graph_capture_health_check
-        check()
+        """As torch's own, which asks every group for ``capturable``: not all of torch's classes have it."""
+        if all(group.get("capturable", False) for group in self.param_groups):
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' "
+                "capturable is False."
+            )
 
     @torch.no_grad()
     def _judge(

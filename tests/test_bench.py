@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from adamfused import bench as command
 from adamfused.bench import Case, Interval, Report, bench, compare, page
 from adamfused.bench.case import parse_cases
-from adamfused.bench.contender import FEATURES, parameters, prepare
+from adamfused.bench.contender import FEATURES, launched, parameters, prepare
 from adamfused.bench.picture import pictures, poster
 from adamfused.bench.table import remarks, tables
 from adamfused.bench.turns import ROUNDS, Copy, Turn, cache_bytes, take_turns
@@ -153,6 +154,15 @@ def test_bytes_are_counted_from_the_dtypes(
     made = prepare(Spec.parse(spec), parameters(Case.parse("2x1000"), dtype, CPU), ())
     assert made.step_bytes == 2000 * moved
     assert made.state_bytes == 2000 * kept + (2 * 4 if "Adam" in spec else 0)
+
+
+def test_launches_are_what_ran_on_the_gpu() -> None:
+    """Compared by value: torch makes a new object of the device's type at every look."""
+    kinds = torch.autograd.DeviceType
+    host, gpu = (
+        SimpleNamespace(count=2, device_type=kinds(kind.value)) for kind in (kinds.CPU, kinds.CUDA)
+    )
+    assert launched([host, gpu, gpu]) == 4
 
 
 def test_scales_of_blocks_are_moved_too() -> None:

@@ -622,5 +622,7 @@ def test_bench_counts_launches_and_the_hosts_time() -> None:
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
 def test_every_case_of_parity(name: str) -> None:
-    report = adamfused.parity(f"adamfused:{name}", cases="hostile,quick,bfloat16", device=GPU)
+    report = adamfused.parity(
+        f"adamfused:{name}", cases="hostile,quick,bfloat16", device=GPU, isolated=False
+    )
     assert report.passed, [(r.case, r.detail) for r in report.failures]

@@ -45,6 +45,34 @@ def test_a_stage_that_fails_is_shown_and_does_not_stop_the_next(tmp_path, capfd)
     assert [line.split()[0] for line in table] == ["good", "bad", "slow", "absent", "last"]
 
 
+def test_without_a_build_nothing_else_is_run(tmp_path, capfd) -> None:
+    stages = [gpu_check.Stage("build", python("import sys; sys.exit(1)"), 60)]
+    stages.append(gpu_check.Stage("tests", python("print('hello')"), 60))
+    assert gpu_check.run_all(stages, tmp_path) == 1
+    lines = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert [line["verdict"] for line in lines] == ["failed (1)", "not run (no build)"]
+    assert "hello" not in capfd.readouterr().out
+
+
+def test_stages_import_the_package_of_this_tree_though_nothing_is_installed(tmp_path) -> None:
+    """-S: without what is installed, an editable install too; a script's own folder is what Python puts first."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import importlib.util\nprint(importlib.util.find_spec('adamfused').origin)\n"
+    )
+    stages = [gpu_check.Stage("there", [sys.executable, "-S", str(script)], 60)]
+    assert gpu_check.run_all(stages, tmp_path / "out") == 0
+    log = (tmp_path / "out" / "gpu-check.log").read_text()
+    assert str(ROOT / "adamfused" / "__init__.py") in log
+
+
+def test_a_stage_that_is_out_of_time_is_interrupted(tmp_path) -> None:
+    """pytest then says what has failed so far."""
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('so far'); raise"
+    assert gpu_check.run_all([gpu_check.Stage("slow", python(code), 2)], tmp_path) == 1
+    assert "so far" in (tmp_path / "gpu-check.log").read_text()
+
+
 def test_all_passed_is_success(tmp_path) -> None:
     assert gpu_check.run_all([gpu_check.Stage("good", python(""), 60)], tmp_path) == 0
 

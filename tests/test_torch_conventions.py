@@ -3,6 +3,7 @@ hooks, schedulers, GradScaler, tensor lr, steps in backward, sharded wrappers.""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import give_gradient, threads
+from helpers import EVERY_OPTIMIZER, give_gradient, threads
 from torch import Tensor
 
 import adamfused
@@ -354,3 +355,20 @@ def test_adagrad_shares_all_that_a_sum_of_8_bits_needs(path: str) -> None:
             total = adamfused.formats.get(state["sum"], torch.float32, state["sum_scale"])
             # codes are at most 1/8 apart
             assert torch.allclose(total, torch.full_like(total, expected), rtol=0.13)
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER, ids=lambda c: c.__name__)
+def test_a_step_under_capture_asks_for_capturable(make, monkeypatch) -> None:
+    """In torch's words. A group that has no such key, as SGD's, is one that is not capturable: copied ones, too."""
+    p = parameter(1.0, 2.0)
+    copies, optimizer = copy.deepcopy(([p], make([p], lr=0.1)))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    give_gradient(copies[0], torch.ones(2))
+    optimizer.step()
+    before = copies[0].detach().clone()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="Attempting CUDA graph capture of step.*capturable is"):
+        optimizer.step()
+    assert torch.equal(copies[0], before)
+    make([p], lr=0.1, capturable=True).step()

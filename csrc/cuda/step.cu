@@ -24,10 +24,16 @@ const char* cuda_run(const Job& job, void* stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// The runtime's last error is forgotten: else the next launch would be blamed for it.
+static const char* told(cudaError_t error) {
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 const char* cuda_status() {
   int devices = 0;
   cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return told(error);
   return devices > 0 ? nullptr : "no CUDA device";
 }
 
@@ -57,7 +63,7 @@ const char* cuda_self_test() {
   }
   if (error == cudaSuccess) error = cudaMemcpy(back, memory, sizeof back, cudaMemcpyDeviceToHost);
   cudaFree(memory);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return told(error);
   for (int i = 0; i < n; ++i) {
     rule(host[0][i], host[1][i], host[2][i], host[3][i]);
     for (int k = 0; k < 4; ++k)
