@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py FOLDER
 
 Needs a torch with CUDA, nvcc, ninja and pytest, and pytest-xdist to be in time. Each stage is shown as it runs; one
-that fails does not stop the next, but for the build. FOLDER gets gpu-check.log (all that was printed), gpu-check.json (a line per stage) and gpu.json (all that was
-measured). The last thing printed is a table of the stages. Exits with 1 if one failed.
+that fails does not stop the next, but for the build. FOLDER gets gpu-check.log (all that was printed), gpu-check.json
+(a line per stage) and gpu.json (all that was measured). The last thing printed is a table of the stages. Exits with 1
+if one failed.
 """
 
 from __future__ import annotations
