@@ -47,10 +47,6 @@ def precision(dtype: torch.dtype) -> Precision:
 class Exact:
     """float64 itself: numbers are arrays."""
 
-    def number(self, x: Array) -> Any:
-        """An array as a number."""
-        return x
-
     def coefficient(self, c: float, error: float = 0.0) -> Any:
         """A number that is the same for all elements, computed in double precision with a relative ``error``."""
         return c
@@ -91,17 +87,12 @@ class Exact:
 class Rounded:
     """An exact number, or an array of them, and the largest error that rounding may have made of it."""
 
-    __array_ufunc__ = None  # so that array * Rounded is ours
-
     def __init__(self, x: Any, error: Any, to: Precision) -> None:
         self.x, self.error, self.to = x, error, to
 
     def once(self, x: Any, error: Any) -> Rounded:
         """What is within ``error`` of x, after one rounding."""
         return Rounded(x, error + self.to.u * (np.abs(x) + error) + self.to.tiny, self.to)
-
-    def __neg__(self) -> Rounded:
-        return Rounded(-self.x, self.error, self.to)
 
     def __add__(self, other: Rounded) -> Rounded:
         return self.once(self.x + other.x, self.error + other.error)

@@ -306,9 +306,8 @@ def command(reports: Sequence[Report]) -> str:
         if getattr(one, name) != default:
             text += f" --{name} '{getattr(one, name)}'"
     told = {r.family for r in reports if r.family.lower() not in r.candidate.lower()}
-    text += "".join(
-        f" --family {family}" for family in told
-    )  # one, for all whose name does not tell
+    for family in told:  # one, for all whose name does not tell
+        text += f" --family {family}"
     return text + " --same-bits" * one.same_bits
 
 
@@ -334,14 +333,8 @@ def markdown(reports: Sequence[Report], pictures: Sequence[tuple[str, str]] = ()
         return f"| {' | '.join(cells)} |"
 
     families = ", ".join(dict.fromkeys(one.family for one in reports))
-    lines = [
-        f"# Numerical parity: {families}",
-        "",
-        lead(reports),
-        "",
-        "    " + command(reports),
-        "",
-    ]
+    title = f"# Numerical parity: {families}"
+    lines = [title, "", lead(reports), "", "    " + command(reports), ""]
     lines += [f"{facts['cpu']}, {facts['machine']}, {facts['date']}; {', '.join(packages)}.", ""]
     lines += [f"![{alt}]({name})" for name, alt in pictures] + [""] * bool(pictures)
     lines += [row(["case", *(f"`{c.title}`" for c in wide.columns[1:])])]

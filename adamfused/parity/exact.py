@@ -55,10 +55,14 @@ class Hyper:
 # `k` is an arithmetic, `g` the gradient as it is to be descended, without decay.
 
 
-def _decay(h: Hyper) -> tuple[float, float]:
-    """What the parameter is shrunk by, and what of it is added to the gradient."""
-    both = h.lr * h.weight_decay, 0.0
-    return both if h.decoupled_weight_decay else (0.0, h.weight_decay)
+def _l2(h: Hyper) -> float:
+    """How much of the parameter is added to the gradient."""
+    return 0.0 if h.decoupled_weight_decay else h.weight_decay
+
+
+def _decay(h: Hyper) -> float:
+    """How much of the parameter is taken away beside the move."""
+    return h.lr * h.weight_decay if h.decoupled_weight_decay else 0.0
 
 
 def _with_l2(k: Any, g: Any, p: Any, l2: float) -> Any:
@@ -71,7 +75,7 @@ def _power_error(t: int, *betas: float) -> float:
 
 
 def _moments(k: Any, h: Hyper, parts: Numbers) -> tuple[Any, Any]:
-    g = _with_l2(k, parts["grad"], parts["param"], _decay(h)[1])
+    g = _with_l2(k, parts["grad"], parts["param"], _l2(h))
     m, v, (beta1, beta2) = parts["exp_avg"], parts["exp_avg_sq"], h.betas
     return k.mean(m, g, beta1), k.mean_square(v, g, beta2)
 
@@ -133,7 +137,7 @@ def adam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
     by, error = top if h.amsgrad else v, _power_error(t, beta1, beta2)
     root = k.root(by / k.coefficient(1 - beta2**t)) + k.coefficient(h.eps)
     move = k.coefficient(h.lr / (1 - beta1**t), error) * (m / root)
-    p = k.step(parts["param"], move, decay=_decay(h)[0])
+    p = k.step(parts["param"], move, decay=_decay(h))
     return {"param": p, "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": top}
 
 
@@ -147,7 +151,7 @@ def nadam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
 
     The product of all mu is kept in float32 (torch's state ``mu_product``), and rounded at every step.
     """
-    g = _with_l2(k, parts["grad"], parts["param"], _decay(h)[1])
+    g = _with_l2(k, parts["grad"], parts["param"], _l2(h))
     m, v = _moments(k, h, parts)
     beta1, beta2 = h.betas
     mu = beta1 * (1 - 0.5 * 0.96 ** (np.arange(1, t + 2) * h.momentum_decay))
@@ -157,7 +161,7 @@ def nadam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
     error = off + _power_error(t, beta2)
     of_g = k.coefficient(h.lr * (1 - now) / (1 - product), error)
     of_m = k.coefficient(h.lr * next_ / (1 - product * next_), error + 2.0**-24)
-    p = k.step(parts["param"], of_g * (g / root), of_m * (m / root), decay=_decay(h)[0])
+    p = k.step(parts["param"], of_g * (g / root), of_m * (m / root), decay=_decay(h))
     return {"param": p, "exp_avg": m, "exp_avg_sq": v}
 
 
@@ -174,7 +178,7 @@ def radam(k: Any, h: Hyper, t: int, parts: Numbers) -> Numbers:
         size *= float(np.sqrt(r2 * (1 - beta2**t)))
         error += 2 * longest * _power_error(t, beta2) / (length - 4)  # what cancels in the length
         move = m / (k.root(v) + k.coefficient(h.eps))
-    p = k.step(parts["param"], k.coefficient(size, error) * move, decay=_decay(h)[0])
+    p = k.step(parts["param"], k.coefficient(size, error) * move, decay=_decay(h))
     return {"param": p, "exp_avg": m, "exp_avg_sq": v}
 
 

@@ -246,24 +246,24 @@ def lr_zero(lab: Lab) -> None:
 # ---- how it is called ----------------------------------------------------------------------------
 
 
-@case("hostile", "full")
-def lr_schedule(lab: Lab) -> None:
-    """The group's lr changes between steps, as schedulers change it"""
+def changing_lr(lab: Lab, **wanted: Any) -> None:
     p = lab.weights(129)
-    walk = lab.walk(([p], lab.hyper()))
+    walk = lab.walk(([p], lab.hyper(**wanted)))
     for t in range(4):
         walk.set_lr(0.01 / (t + 1))
         walk.step([lab.gradient(p)])
+
+
+@case("hostile", "full")
+def lr_schedule(lab: Lab) -> None:
+    """The group's lr changes between steps, as schedulers change it"""
+    changing_lr(lab)
 
 
 @case("hostile", "full", families=("SGD", "RMSprop"))
 def momentum_schedule(lab: Lab) -> None:
     """The same with momentum 0.9: the buffer holds no learning rate"""
-    p = lab.weights(129)
-    walk = lab.walk(([p], lab.hyper(momentum=0.9)))
-    for t in range(4):
-        walk.set_lr(0.01 / (t + 1))
-        walk.step([lab.gradient(p)])
+    changing_lr(lab, momentum=0.9)
 
 
 @case("hostile", "full")
