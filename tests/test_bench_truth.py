@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from adamfused.bench import turns
 from adamfused.bench.compare import compare
 from adamfused.bench.interval import FEWEST, Interval, judge
 from adamfused.bench.result import Report, Row
@@ -38,15 +39,33 @@ class Machine:
         return work * math.exp(self.drift) * (1.4 if self.busy else 1) * jitter * spike
 
 
-def in_turn(seed: int, slower: float) -> str:
-    """The verdict on something slower by so much, timed in turn as bench does it."""
-    machine = Machine(seed)
-    first, second = [], []
-    for i in range(ROUNDS_MADE):
-        both = [(first, 1.0), (second, 1 + slower)]
-        for times, work in both if i % 2 == 0 else both[::-1]:
-            times.append(machine.time(work))
-    return judge(Interval.of_ratios(second, first))
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], str]:
+    """The verdict on something slower by so much, timed by bench's own loop with the simulated machine's clock."""
+    clock = 0.0
+    monkeypatch.setattr(turns.benchmark, "timer", lambda: clock)
+    monkeypatch.setattr(turns.gc, "collect", lambda: 0)  # takes longer than all else here
+
+    def verdict(seed: int, slower: float) -> str:
+        machine = Machine(seed)
+
+        def takes(work: float) -> Callable[[], None]:
+            def call() -> None:
+                nonlocal clock
+                clock += machine.time(work)
+
+            return call
+
+        timed = take_turns([takes(1), takes(1 + slower)], takes(0.1), None, seconds=0, device=CPU)
+        return of_turns(*timed)
+
+    return verdict
+
+
+def of_turns(first: list[Turn] | BaseException, second: list[Turn] | BaseException) -> str:
+    """The verdict on the second."""
+    assert isinstance(first, list) and isinstance(second, list)
+    return judge(Interval.of_ratios([t.cold for t in second], [t.cold for t in first]))
 
 
 def one_after_the_other(seed: int, slower: float) -> str:
@@ -61,9 +80,9 @@ def verdicts(how: Callable[[int, float], str], slower: float) -> Counter[str]:
     return Counter(how(seed, slower) for seed in range(RUNS))
 
 
-def test_ten_percent_are_found_and_nothing_is_not() -> None:
-    assert verdicts(in_turn, 0.10)["slower"] >= 0.95 * RUNS
-    assert verdicts(in_turn, 0.10)["faster"] == 0
+def test_ten_percent_are_found_and_nothing_is_not(in_turn: Callable[[int, float], str]) -> None:
+    ten = verdicts(in_turn, 0.10)
+    assert ten["slower"] >= 0.95 * RUNS and ten["same"] <= 0.01 * RUNS and ten["faster"] == 0, ten
     assert verdicts(in_turn, 1 / 1.1 - 1)["faster"] >= 0.95 * RUNS
     nothing = verdicts(in_turn, 0.0)
     assert nothing["slower"] + nothing["faster"] <= 0.05 * RUNS
@@ -96,6 +115,11 @@ def test_verdicts_have_the_allowance_between_them() -> None:
     assert judge(Interval(0.95, 0.96, 0.97)) == "faster"
     assert judge(Interval(0.90, 1.00, 1.10)) == "unclear"
     assert judge(Interval(1.00, 2.00, 3.00)) == "unclear"
+    # What leaves 10 % open is not called the same, however narrow it is.
+    assert judge(Interval(1.01, 1.07, 1.105)) == "unclear"
+    assert judge(Interval(1.01, 1.07, 1.095)) == "same"
+    assert judge(Interval(0.905, 0.95, 1.0)) == "unclear"
+    assert judge(Interval(1.01, 1.07, 1.105), allowance=0.2) == "same"
 
 
 # ---- between runs --------------------------------------------------------------------------------
@@ -143,16 +167,14 @@ def spin(work: int) -> Callable[[], object]:
 
 def real(slower: float) -> str:
     calls = [spin(20_000), spin(round(20_000 * (1 + slower)))]
-    first, second = take_turns(calls, spin(1000), None, seconds=0.1, device=CPU)
-    assert isinstance(first, list) and isinstance(second, list)
-    return judge(Interval.of_ratios([t.cold for t in second], [t.cold for t in first]))
+    return of_turns(*take_turns(calls, spin(1000), None, seconds=0.1, device=CPU))
 
 
-@pytest.mark.parametrize("slower, expected", [(0.1, "slower"), (0.0, "same")])
+@pytest.mark.parametrize(("slower", "expected"), [(0.1, "slower"), (0.0, "same")])
 def test_ten_percent_of_real_work_are_found_and_nothing_is_not(
     slower: float, expected: str
 ) -> None:
-    # Of 60 runs on two processors with twice as much to do as they can, 57 found the 10 % and 53 found nothing where
-    # there was none; all others said "unclear", which is no error.
-    said = {real(slower) for _ in range(3)}
-    assert expected in said and said <= {expected, "unclear"}
+    # Of 200 runs on two processors with twice as much to do as they can, 157 found the 10 % and 146 found nothing where
+    # there was none; all others said "unclear", which is no error. Neighbours on a real machine may mislead one run.
+    said = Counter(real(slower) for _ in range(10))
+    assert said[expected] >= 1 and said[expected] + said["unclear"] >= 9, said

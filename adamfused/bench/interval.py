@@ -17,8 +17,8 @@ CONFIDENCE = 0.99
 FEWEST = 8
 """The values that a median needs for an interval of that confidence: 2 * 2**-8 is the first below 1 %."""
 
-TELLABLE = 1.1
-"""A ratio whose interval spans more than this factor says nothing about 10 %."""
+NOTABLE = 1.1
+"""A difference that nothing may be called the same with: an interval that reaches so far leaves it open."""
 
 ALLOWANCE = 0.02
 """What differs by less is called the same: where the states of an optimizer lie in memory moves its step by as much."""
@@ -75,11 +75,6 @@ class Interval:
         """The quotient of two numbers known from different runs: as low and as high as the two allow."""
         return Interval(self.low / other.high, self.mid / other.mid, self.high / other.low)
 
-    @property
-    def tells(self) -> bool:
-        """Whether it is narrow enough to see 10 %."""
-        return self.high <= TELLABLE * self.low
-
 
 def judge(ratio: Interval, allowance: float = ALLOWANCE) -> str:
     """What a ratio of times, candidate over standard, says of the candidate.
@@ -89,11 +84,12 @@ def judge(ratio: Interval, allowance: float = ALLOWANCE) -> str:
         allowance: how much slower, or faster, counts as the same; 0.05 is 5 %.
 
     Returns:
-        ``"slower"`` or ``"faster"`` if the whole interval lies beyond the allowance, ``"unclear"`` if it does not and
-        is too wide to see 10 %, else ``"same"``.
+        ``"slower"`` or ``"faster"`` if the whole interval lies beyond the allowance, ``"same"`` if the interval excludes
+        a difference of 10 % (or of the allowance, where that is more) either way, else ``"unclear"``.
     """
     if ratio.low > 1 + allowance:
         return "slower"
     if ratio.high * (1 + allowance) < 1:
         return "faster"
-    return "same" if ratio.tells else "unclear"
+    notable = max(NOTABLE, 1 + allowance)
+    return "same" if 1 / notable < ratio.low and ratio.high < notable else "unclear"
