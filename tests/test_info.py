@@ -89,18 +89,27 @@ def test_it_is_installed_as_a_program_too() -> None:
     assert done.stdout == f"adamfused {adamfused.__version__}\n"
 
 
-def test_other_work_is_noticed_and_ones_own_past_is_not() -> None:
-    spin = [sys.executable, "-c", "while True: pass"]
+def others_running_and_with_two_more() -> tuple[float, float]:
     end = time.monotonic() + 1
-    while time.monotonic() < end:
+    while time.monotonic() < end:  # this process's own past
         pass
-    quiet = [machine.others_running() for _ in range(3)]
+    quiet = min(machine.others_running() for _ in range(3))
+    spin = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(spin) for _ in range(2)]
     try:
         time.sleep(0.5)
-        busy = [machine.others_running() for _ in range(3)]
+        return quiet, min(machine.others_running() for _ in range(3))
     finally:
         for other in others:
             other.kill()
             other.wait()
-    assert min(busy) > 1.2 and min(quiet) < min(busy) - 1
+
+
+def test_other_work_is_noticed_and_ones_own_past_is_not() -> None:
+    # Other tests run meanwhile, and may end just then.
+    for _ in range(5):
+        quiet, busy = others_running_and_with_two_more()
+        assert busy > 1.2
+        if quiet < busy - 1:
+            return
+    pytest.fail(f"two more processes are not seen: {quiet} before, {busy} with them")

@@ -382,10 +382,14 @@ def test_interrupted_step_is_either_made_or_not(start) -> None:
         raise Alarm
 
     either = [bits(after(start)), bits(after(start + 1))]
-    optimizer = after(start)
-    begin = time.perf_counter()
-    optimizer.step()
-    took = time.perf_counter() - begin
+
+    def seconds() -> float:
+        optimizer = after(start)
+        begin = time.perf_counter()
+        optimizer.step()
+        return time.perf_counter() - begin
+
+    took = min(seconds() for _ in range(3))
     handler = signal.signal(signal.SIGALRM, ring)
     seen: list[bool] = []
     delays = iter(np.random.default_rng(0).uniform(1e-6, 1.5 * took, 2000))

@@ -545,21 +545,24 @@ def test_parameters_move_one_at_a_time(locked) -> None:
     """However many threads autograd has; without the lock they overlap."""
 
     class Slow(AdamW):
-        inside, most = 0, 0
-
         def _eager_step(self, *args: Any) -> None:
-            self.inside += 1
-            self.most = max(self.most, self.inside)
-            time.sleep(5e-3)
+            together.append(me := threading.get_ident())
+            most.append(len(together))
+            end = time.monotonic() + (0.01 if locked else 1.0)
+            while max(most) == 1 and time.monotonic() < end:  # time for another to come
+                time.sleep(1e-3)
             super()._eager_step(*args)
-            self.inside -= 1
+            together.remove(me)
+
+    together: list[int] = []
+    most: list[int] = []
 
     model = Parts(4)
     handle = step_in_backward(model, lambda named: two_groups(named, Slow))
     if not locked:
         handle._lock = contextlib.nullcontext()  # type: ignore[assignment]
     model.backward_at_once(0)
-    assert (handle.optimizer.most == 1) == locked
+    assert (max(most) == 1) == locked
 
 
 # ---- what cannot work ----------------------------------------------------------------------------
