@@ -14,112 +14,6 @@
 namespace adamfused {
 namespace {
 
-// What `step` found of a parameter that has a gradient: borrowed from Python objects that are held.
-struct Found {
-  size_t place;  // in its group
-  Parts parts;
-  const at::Tensor *count, *carried;
-  bool usual;  // its state has no master that was not asked for
-};
-
-class Gatherer {
- public:
-  Gatherer(const py::dict& state, const py::function& init) : state_(state), init_(init) {}
-  ~Gatherer() {
-    for (const auto& [param, before] : fresh_) {  // of a step that was refused
-      const int failed =
-          before ? PyDict_SetItem(state_.ptr(), param.ptr(), before.ptr()) : PyDict_DelItem(state_.ptr(), param.ptr());
-      if (failed) PyErr_Clear();
-    }
-    for (PyObject* object : held_) Py_DECREF(object);
-  }
-
-  // The step is made: the states that `init` made stay.
-  void keep() { fresh_.clear(); }
-
-  // copies: as many tensors as params, or nothing. master, carried: a key, or None. scales: a key for each state.
-  std::vector<Found> gather(size_t j, const py::list& params, const py::tuple& keys, const py::list& copies,
-                            const py::object& master, const py::tuple& scales, const py::object& carried) {
-    std::vector<Found> all;
-    all.reserve(params.size());
-    held_.reserve(held_.size() + params.size() * (kSlots + 1));
-    const size_t states = keys.size();
-    const bool copied = copies.size() == params.size();
-    for (size_t i = 0; i < params.size(); ++i) {  // the size is asked anew each time: init runs user code
-      PyObject* object = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
-      Found found{i, {}, nullptr, nullptr, true};
-      if ((found.parts[kParam] = hold_tensor(object)) != nullptr) {
-        const at::Tensor& grad = found.parts[kParam]->unsafeGetTensorImpl()->grad();
-        if (!grad.defined()) continue;
-        found.parts[kGrad] = &grads_.emplace_back(grad);
-        PyObject* entry = entry_of(object);
-        if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
-          fresh_.emplace_back(py::reinterpret_borrow<py::object>(object), py::reinterpret_borrow<py::object>(entry));
-          init_(j, i);
-          entry = entry_of(object);
-        }
-        if (entry != nullptr && PyDict_Check(entry)) {
-          // The entries as optimizers make them: step first, then the states in the rule's order.
-          PyObject *key = nullptr, *value = nullptr;
-          Py_ssize_t at = 0;
-          auto next_is = [&](PyObject* wanted) { return PyDict_Next(entry, &at, &key, &value) && key == wanted; };
-          auto look_up = [&](PyObject* wanted) {
-            if (at >= 0 && next_is(wanted)) return value;
-            at = -1;  // another order, or keys that are equal but not the same: the usual way
-            return checked(PyDict_GetItemWithError(entry, wanted));
-          };
-          found.count = hold_tensor(look_up(step_key_.ptr()));
-          if (!carried.is_none()) found.carried = hold_tensor(look_up(carried.ptr()));
-          for (size_t k = 0; k < states; ++k)
-            found.parts[kState + k] = hold_tensor(look_up(PyTuple_GET_ITEM(keys.ptr(), k)));
-          if (copied) found.parts[kCopy] = hold_tensor(PyList_GET_ITEM(copies.ptr(), Py_ssize_t(i)));
-          Py_ssize_t expected = Py_ssize_t(1 + states + !master.is_none() + !carried.is_none());
-          if (!master.is_none()) found.parts[kMaster] = hold_tensor(look_up(master.ptr()));
-          for (size_t k = 0; k < states; ++k) {
-            const at::Tensor* state = found.parts[kState + k];
-            if (state == nullptr || !is_code(state->scalar_type())) continue;
-            found.parts[kScale + k] = hold_tensor(look_up(PyTuple_GET_ITEM(scales.ptr(), k)));
-            ++expected;
-          }
-          // A master that nobody asked for would be passed over, and with it half of the weight.
-          if (PyDict_Size(entry) > expected && master.is_none())
-            found.usual = PyDict_GetItemString(entry, "master") == nullptr;
-        }
-      }
-      all.push_back(found);
-    }
-    return all;
-  }
-
- private:
-  static PyObject* checked(PyObject* value) {
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  PyObject* entry_of(PyObject* param) {
-#if PY_VERSION_HEX < 0x030d0000
-    // A tensor's hash is its address, told by a Python function: to know it saves a tenth of a microsecond a tensor.
-    // Where a subclass has another hash, this finds nothing and the usual way is taken.
-    PyObject* known = checked(_PyDict_GetItem_KnownHash(state_.ptr(), param, reinterpret_cast<Py_hash_t>(param)));
-    if (known != nullptr) return known;
-#endif
-    return checked(PyDict_GetItemWithError(state_.ptr(), param));
-  }
-  const at::Tensor* hold_tensor(PyObject* object) {
-    if (object == nullptr || !THPVariable_Check(object)) return nullptr;
-    Py_INCREF(object);
-    held_.push_back(object);
-    return &THPVariable_Unpack(object);
-  }
-
-  const py::dict& state_;
-  const py::function& init_;
-  py::str step_key_ = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("step"));
-  std::vector<PyObject*> held_;
-  std::vector<std::pair<py::object, py::object>> fresh_;  // a parameter whose state `init` makes, its entry before
-  std::deque<at::Tensor> grads_;                          // a parameter may lose its gradient while the kernels run
-};
-
 // A number, a function of the step count, or None.
 void take_ema_decay(const py::object& given, Group& group) {
   if (given.is_none()) return;
@@ -136,6 +30,7 @@ struct Row {
   py::list params, copies;
   py::object master, carried;  // their keys, or None
   int64_t master_size = 0;
+  size_t states = 0;
   std::vector<int64_t> place_keys, firsts;
 
   Row(const py::tuple& row, Group& group) {
@@ -157,14 +52,211 @@ struct Row {
     TORCH_CHECK(group.rule >= 0 && group.rule < kRules && hyper.size() == group.facts().hyper_count &&
                     int(keys.size()) == group.facts().states && scales.size() == keys.size() &&
                     carried.is_none() != group.facts().carries &&
+                    (copies.size() == 0 || copies.size() == params.size()) &&
                     (place_keys.empty() || (place_keys.size() == params.size() && firsts.size() == params.size())),
                 "adamfused._C.step: a group does not fit its rule");
     std::copy(hyper.begin(), hyper.end(), group.hyper.begin());
+    states = keys.size();
   }
   Chance chance(size_t place) const {
     if (place_keys.empty()) return {};
     return {true, uint32_t(place_keys[place]), uint32_t(uint64_t(firsts[place]))};
   }
+};
+
+// What `step` finds of a parameter that has a gradient: borrowed from Python objects that are held.
+struct Found {
+  size_t place;  // in its group
+  Parts parts;
+  const at::Tensor *count, *carried;
+  bool usual;  // its state has no master that was not asked for
+
+  // On the way there: its state, or null, and where what that holds is to go.
+  static constexpr size_t kValues = 3 + kMaxStates;  // count, carried, states, master
+  PyObject *param, *state;
+  size_t values;
+  PyObject* value[kValues];
+  const at::Tensor** to[kValues];
+
+  void begin(size_t at, PyObject* object) {
+    place = at, param = object, count = carried = nullptr, usual = true, state = nullptr, values = 0;
+    for_each<0, kSlots>([this](auto k) { parts[k.value] = nullptr; });  // a loop is made a call that takes longer
+  }
+};
+
+// Several, for a loop over them.
+struct Some {
+  Found *first, *last;
+  Found* begin() const { return first; }
+  Found* end() const { return last; }
+};
+
+// Finds the tensors of parameters from Python's objects. Hardly any of that is in a near cache when a step begins, and
+// each thing is found by way of the one before. So some parameters are looked at side by side: each pass over them asks
+// for the memory that the next one reads.
+class Gatherer {
+ public:
+  static constexpr size_t kAtOnce = 16;
+
+  Gatherer(const py::dict& state, const py::function& init) : state_(state), init_(init) {}
+  ~Gatherer() {
+    for (const auto& [param, before] : fresh_) {  // of a step that was refused
+      const int failed =
+          before ? PyDict_SetItem(state_.ptr(), param.ptr(), before.ptr()) : PyDict_DelItem(state_.ptr(), param.ptr());
+      if (failed) PyErr_Clear();
+    }
+    for (PyObject* object : held_) Py_DECREF(object);
+  }
+
+  // The step is made: the states that `init` made stay.
+  void keep() { fresh_.clear(); }
+
+  // That so many parameters will be looked at.
+  void expect(size_t params) { held_.reserve(held_.size() + params * (kSlots + 2)); }
+
+  // Looks at the j-th group's parameters, kAtOnce from `begin` on.
+  Some gather(size_t j, const Row& row, size_t begin) {
+    const size_t some = std::min(kAtOnce, row.params.size() - begin);
+    PyObject* params[kAtOnce];
+    for (size_t i = 0; i < some; ++i)
+      __builtin_prefetch(params[i] = PyList_GET_ITEM(row.params.ptr(), Py_ssize_t(begin + i)));
+    for (size_t i = 0; i < some; ++i)
+      if (const at::Tensor* p = tensor_of(params[i])) ask_for_impl(*p);
+    for (size_t i = 0; i < some; ++i)
+      if (const at::Tensor* p = tensor_of(params[i])) __builtin_prefetch(p->unsafeGetTensorImpl()->autograd_meta());
+    size_t count = 0;
+    for (size_t i = 0; i < some; ++i) {
+      Found& here = found_[count];
+      here.begin(begin + i, params[i]);
+      if ((here.parts[kParam] = tensor_of(params[i])) != nullptr) {
+        const at::Tensor& grad = here.parts[kParam]->unsafeGetTensorImpl()->grad();
+        if (!grad.defined()) continue;
+        here.parts[kGrad] = &grads_.emplace_back(grad);
+        ask_for_impl(grad);
+        here.state = look_up(hold(params[i]));
+        if (here.state != nullptr) __builtin_prefetch(hold(here.state));
+      }
+      ++count;
+    }
+    const Some all{found_.data(), found_.data() + count};
+    for (Found& here : all)
+      if (here.parts[kGrad] != nullptr) find_state(j, here);
+    for (Found& here : all)
+      if (here.state != nullptr) find_values(row, here);
+    if (row.copies.size() != 0)
+      for (Found& here : all)
+        here.parts[kCopy] = tensor_of(hold(PyList_GET_ITEM(row.copies.ptr(), Py_ssize_t(here.place))));
+    for (Found& here : all)
+      for (size_t k = 0; k < here.values; ++k)
+        if (const at::Tensor* t = *here.to[k] = tensor_of(here.value[k])) ask_for_impl(*t);
+    for (Found& here : all) {
+      if (here.state != nullptr) find_beside(row, here);
+      for (size_t k = 0; k < kState + row.states; ++k) ask_for_storage(here.parts[k]);
+      ask_for_storage(here.count);
+    }
+    return all;
+  }
+
+ private:
+  static void ask_for_impl(const at::Tensor& t) {
+    const char* impl = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
+    for (size_t at = 0; at < sizeof(at::TensorImpl); at += 64) __builtin_prefetch(impl + at);
+    __builtin_prefetch(impl + sizeof(at::TensorImpl) - 1);  // it need not begin with a line
+  }
+  static void ask_for_storage(const at::Tensor* t) {
+    if (t == nullptr || !t->defined()) return;
+    const char* storage =
+        reinterpret_cast<const char*>(t->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    __builtin_prefetch(storage), __builtin_prefetch(storage + 63);
+  }
+
+  // A dict that is held, made if there is none yet; or null.
+  void find_state(size_t j, Found& here) {
+    auto is_there = [&here] {
+      return here.state != nullptr && PyDict_Check(here.state) && PyDict_Size(here.state) > 0;
+    };
+    auto look_again = [&] {
+      if ((here.state = look_up(here.param)) != nullptr) hold(here.state);
+    };
+    if (!is_there()) look_again();  // the same parameter may have come before
+    if (!is_there()) {
+      fresh_.emplace_back(py::reinterpret_borrow<py::object>(here.param),
+                          py::reinterpret_borrow<py::object>(here.state));
+      init_(j, here.place);
+      look_again();
+    }
+    if (here.state != nullptr && !PyDict_Check(here.state)) here.state = nullptr;
+    if (here.state != nullptr) __builtin_prefetch(reinterpret_cast<PyDictObject*>(here.state)->ma_keys);
+  }
+
+  // The entries as optimizers make them: step first, then the states in the rule's order.
+  void find_values(const Row& row, Found& here) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t at = 0;
+    auto next_is = [&](PyObject* wanted) { return PyDict_Next(here.state, &at, &key, &value) && key == wanted; };
+    auto entry = [&](PyObject* wanted) {
+      if (at >= 0 && next_is(wanted)) return value;
+      at = -1;  // another order, or keys that are equal but not the same: the usual way
+      return checked(PyDict_GetItemWithError(here.state, wanted));
+    };
+    auto take = [&](PyObject* wanted, const at::Tensor** to) {
+      PyObject* found = entry(wanted);
+      if (found == nullptr) return;
+      __builtin_prefetch(hold(found));
+      here.value[here.values] = found, here.to[here.values++] = to;
+    };
+    take(step_key_.ptr(), &here.count);
+    if (!row.carried.is_none()) take(row.carried.ptr(), &here.carried);
+    for (size_t k = 0; k < row.states; ++k)
+      take(PyTuple_GET_ITEM(row.keys.ptr(), Py_ssize_t(k)), &here.parts[kState + k]);
+    if (!row.master.is_none()) take(row.master.ptr(), &here.parts[kMaster]);
+  }
+
+  // If a state has more than that: the scales of codes; and whether there is a master that nobody asked for, which
+  // would be passed over, and with it half of the weight.
+  void find_beside(const Row& row, Found& here) {
+    Py_ssize_t expected = Py_ssize_t(1 + row.states + !row.master.is_none() + !row.carried.is_none());
+    if (PyDict_Size(here.state) == expected) return;
+    for (size_t k = 0; k < row.states; ++k) {
+      const at::Tensor* state = here.parts[kState + k];
+      if (state == nullptr || !is_code(state->scalar_type())) continue;
+      PyObject* scale = checked(PyDict_GetItemWithError(here.state, PyTuple_GET_ITEM(row.scales.ptr(), Py_ssize_t(k))));
+      here.parts[kScale + k] = tensor_of(scale == nullptr ? nullptr : hold(scale));
+      ++expected;
+    }
+    if (PyDict_Size(here.state) > expected && row.master.is_none())
+      here.usual = PyDict_GetItemString(here.state, "master") == nullptr;
+  }
+
+  static PyObject* checked(PyObject* value) {
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  PyObject* look_up(PyObject* param) {
+#if PY_VERSION_HEX < 0x030d0000
+    // A tensor's hash is its address, told by a Python function: to know it saves a tenth of a microsecond a tensor.
+    // Where a subclass has another hash, this finds nothing and the usual way is taken.
+    PyObject* known = checked(_PyDict_GetItem_KnownHash(state_.ptr(), param, reinterpret_cast<Py_hash_t>(param)));
+    if (known != nullptr) return known;
+#endif
+    return checked(PyDict_GetItemWithError(state_.ptr(), param));
+  }
+  PyObject* hold(PyObject* object) {
+    Py_INCREF(object);
+    held_.push_back(object);
+    return object;
+  }
+  static const at::Tensor* tensor_of(PyObject* object) {
+    return object != nullptr && THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+  }
+
+  const py::dict& state_;
+  const py::function& init_;
+  std::array<Found, kAtOnce> found_;
+  py::str step_key_ = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("step"));
+  std::vector<PyObject*> held_;
+  std::vector<std::pair<py::object, py::object>> fresh_;  // a parameter whose state `init` makes, its entry before
+  std::deque<at::Tensor> grads_;                          // a parameter may lose its gradient while the kernels run
 };
 
 // groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, (key of the
@@ -186,31 +278,35 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     const Row row(groups[j].cast<py::tuple>(), group);
     const size_t states = row.keys.size();
     const bool copied = row.copies.size() != 0, mastered = !row.master.is_none();
+    const bool plain = !copied && !mastered && row.carried.is_none();
 
-    std::vector<Found> found_here =
-        gatherer.gather(j, row.params, row.keys, row.copies, row.master, row.scales, row.carried);
-    work.expect(found_here.size());
-    for (Found& found : found_here) {
-      const Chance chance = row.chance(found.place);
-      bool moves = found.usual && found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
-                   mastered == (found.parts[kMaster] != nullptr) &&
-                   (!mastered || int64_t(found.parts[kMaster]->itemsize()) == row.master_size);
-      for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
-      if (moves && work.add(group, found.parts, *found.count, found.carried, chance)) continue;
-      py::object verdict = judge(j, found.place);
-      if (verdict.is_none()) {
-        left.append(py::make_tuple(j, found.place));
-        continue;
+    work.expect(row.params.size());
+    gatherer.expect(row.params.size());
+    for (size_t begin = 0; begin < row.params.size(); begin += Gatherer::kAtOnce) {
+      for (Found& found : gatherer.gather(j, row, begin)) {
+        const Chance chance = row.chance(found.place);
+        bool moves = found.usual && found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
+                     mastered == (found.parts[kMaster] != nullptr) &&
+                     (!mastered || int64_t(found.parts[kMaster]->itemsize()) == row.master_size);
+        for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
+        if (moves && plain && work.add_plain(group, found.parts, *found.count)) continue;
+        if (moves && work.add(group, found.parts, *found.count, found.carried, chance)) continue;
+        py::object verdict = judge(j, found.place);
+        if (verdict.is_none()) {
+          left.append(py::make_tuple(j, found.place));
+          continue;
+        }
+        const auto& given = judged.emplace_back(verdict.cast<std::vector<c10::optional<at::Tensor>>>());
+        TORCH_CHECK(given.size() == kState + 2 * states + 4,
+                    "adamfused._C.step: judge gave the wrong number of tensors");
+        auto tensor = [&given](size_t i) { return given[i] ? &*given[i] : nullptr; };
+        for (size_t k = 0; k < kState + states; ++k) found.parts[k] = tensor(k);
+        found.parts[kCopy] = tensor(kState + states), found.parts[kMaster] = tensor(kState + states + 1);
+        for (size_t k = 0; k < states; ++k) found.parts[kScale + k] = tensor(kState + states + 2 + k);
+        TORCH_CHECK(work.add(group, found.parts, *given.back(), tensor(given.size() - 2), chance),
+                    "adamfused: parameter ", found.place, " of group ", j,
+                    " cannot be moved by the native kernels, and the check of its tensors found no reason");
       }
-      const auto& given = judged.emplace_back(verdict.cast<std::vector<c10::optional<at::Tensor>>>());
-      TORCH_CHECK(given.size() == kState + 2 * states + 4, "adamfused._C.step: judge gave the wrong number of tensors");
-      auto tensor = [&given](size_t i) { return given[i] ? &*given[i] : nullptr; };
-      for (size_t k = 0; k < kState + states; ++k) found.parts[k] = tensor(k);
-      found.parts[kCopy] = tensor(kState + states), found.parts[kMaster] = tensor(kState + states + 1);
-      for (size_t k = 0; k < states; ++k) found.parts[kScale + k] = tensor(kState + states + 2 + k);
-      TORCH_CHECK(work.add(group, found.parts, *given.back(), tensor(given.size() - 2), chance),
-                  "adamfused: parameter ", found.place, " of group ", j,
-                  " cannot be moved by the native kernels, and the check of its tensors found no reason");
     }
   }
   {

@@ -161,6 +161,25 @@ class Step {
     bumped_.reserve(bumped_.size() + params * kSlots);
   }
 
+  // Notes a parameter that has nothing beside its states if it is as most are; else `add` must be asked.
+  bool add_plain(const Group& group, const Parts& parts, const at::Tensor& step) {
+    if (group.at_random || !alone_.empty()) return false;
+    switch (group.facts().states) {
+      case 0:
+        return add_usual<0>(group, parts, step);
+      case 1:
+        return add_usual<1>(group, parts, step);
+      case 2:
+        return add_usual<2>(group, parts, step);
+      case 3:
+        return add_usual<3>(group, parts, step);
+      case 4:
+        return add_usual<4>(group, parts, step);
+      default:
+        return false;
+    }
+  }
+
   // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
   __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step,
                                     const at::Tensor* carried, const Chance& chance) {
@@ -246,8 +265,8 @@ class Step {
     const size_t b = bucket_for(device, group, param.type == at::kDouble || param.type == at::kComplexDouble);
     Bucket& bucket = buckets_[b];
     Span& span = bucket.spans.emplace_back();
-    for (int k = 0; k < kSlots; ++k) span.data[k] = nullptr;
-    for (int i = 0; i < count; ++i) span.data[slots[i]] = const_cast<char*>(seen[slots[i]].extent.begin);
+    for (int k = 0; k < kSlots; ++k)
+      span.data[k] = parts[k] != nullptr ? const_cast<char*>(seen[k].extent.begin) : nullptr;
     for (int i = 0; i < shaped && slots[i] < kParts; ++i) span.format[slots[i]] = seen[slots[i]].format;
     span.numel = param.numel * (is_complex ? 2 : 1);
     span.step = on_device ? static_cast<float*>(counted.data) : nullptr;
@@ -292,6 +311,49 @@ class Step {
   }
 
  private:
+  // As most are: with its gradient and its states contiguous, of plain numbers and each by itself, and its count on the
+  // host. Few questions, for a number of states that is known, because a model has thousands of parameters.
+  template <int states>
+  __attribute__((flatten)) bool add_usual(const Group& group, const Parts& parts, const at::Tensor& step) {
+    constexpr int count = kState + states;
+    Seen seen[count], counter;
+    const Seen& param = seen[kParam];
+    if (!look(*parts[kParam], true, seen[kParam])) return false;
+    if (!param.has_format || !param.contiguous || param.turned || param.inference || at::isComplexType(param.type) ||
+        !(param.device.is_cpu() || (param.device.is_cuda() && kWithCuda)))
+      return false;
+    for (int k = 1; k < count; ++k)
+      if (!look_alike(*parts[k], k != kGrad, param, seen[k]) || !seen[k].has_format) return false;
+    for (int i = 1; i < count; ++i)
+      for (int j = 0; j < i; ++j)
+        if (seen[j].extent.meets(seen[i].extent)) return false;
+    if (!look(step, true, counter) || counter.numel != 1 || !counter.device.is_cpu()) return false;
+    Count counted{const_cast<char*>(counter.extent.begin), counter.type, 0, 0};
+    if (!counted.advance()) return false;
+    counted_.push_back(counted);
+    bumped_.push_back(counter.impl);
+    for (int k = 0; k < count; ++k)
+      if (k != kGrad) bumped_.push_back(seen[k].impl);
+
+    Bucket& bucket = buckets_[bucket_for(param.device, group, param.type == at::kDouble)];
+    Span& span = bucket.spans.emplace_back();
+    uintptr_t bits = 0;
+    for_each<0, kSlots>([&](auto slot) {
+      constexpr int k = slot.value;
+      span.data[k] = nullptr;
+      if constexpr (k < count) {
+        span.data[k] = const_cast<char*>(seen[k].extent.begin), span.format[k] = seen[k].format;
+        bits |= reinterpret_cast<uintptr_t>(span.data[k]);
+      }
+    });
+    span.aligned = bits % 16 == 0;
+    span.numel = param.numel;
+    span.step = span.carried = nullptr;
+    span.recipe = bucket.recipe_for(group, counted.after, 0, kept_);
+    span.key = span.first = 0, span.t = uint32_t(uint64_t(counted.after));
+    return true;
+  }
+
   struct Bucket {
     static constexpr double kCountOnDevice = -1;
 

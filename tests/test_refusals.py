@@ -269,6 +269,48 @@ def test_state_is_refused_at_the_step(path, row) -> None:
     check_refusal(build(path, 2), build("reference", 2), row)
 
 
+MANY = 40  # parameters: the kernels' side looks at 16 of them at once
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["at the first step", "later"])
+@pytest.mark.parametrize("bad", [1, 15, 16, MANY - 3])
+def test_any_of_many_is_refused_before_one_has_moved(path, bad, steps) -> None:
+    def build_many(choice: str) -> Optimizer:
+        params = [parameter(i, 3) for i in range(MANY)]
+        for i in range(3, MANY, 7):
+            params[i].grad = None
+        optimizer = AdamW(params, backend=choice)
+        for _ in range(steps):
+            optimizer.step()
+        return optimizer
+
+    optimizer, twin = build_many(path), build_many("reference")
+    p = optimizer.param_groups[0]["params"][bad]
+    dense, p.grad = p.grad, p.grad.to_sparse()
+    before = everything(optimizer)
+    with pytest.raises(RuntimeError, match=f"^AdamW: parameter {bad} of group 0: its gradient is"):
+        optimizer.step()
+    assert everything(optimizer) == before
+    p.grad = dense
+    optimizer.step()
+    twin.step()
+    assert_same_result(optimizer, twin)
+
+
+def test_a_parameter_that_was_put_in_twice_moves_twice(path) -> None:
+    def build_twice(choice: str) -> Optimizer:
+        params = [parameter(i, 3) for i in range(3)]
+        optimizer = AdamW(params, backend=choice)
+        optimizer.param_groups[0]["params"].insert(2, params[0])  # the constructor refuses it
+        for _ in range(2):
+            optimizer.step()
+        return optimizer
+
+    optimizer = build_twice(path)
+    assert [optimizer.state[p]["step"].item() for p in optimizer.state] == [4, 2, 2]
+    assert_same_result(optimizer, build_twice("reference"))
+
+
 def test_a_name_stands_in_the_message(path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Embedding(4, 2, sparse=True))
     optimizer = Adam(model.named_parameters(), backend=path)
