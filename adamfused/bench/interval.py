@@ -84,8 +84,8 @@ def judge(ratio: Interval, allowance: float = ALLOWANCE) -> str:
         allowance: how much slower, or faster, counts as the same; 0.05 is 5 %.
 
     Returns:
-        ``"slower"`` or ``"faster"`` if the whole interval lies beyond the allowance, ``"same"`` if the interval excludes
-        a difference of 10 % (or of the allowance, where that is more) either way, else ``"unclear"``.
+        ``"slower"`` or ``"faster"`` if the whole interval lies beyond the allowance, ``"same"`` if it excludes a
+        difference of 10 % (or of the allowance, where that is more) either way, else ``"unclear"``.
     """
     if ratio.low > 1 + allowance:
         return "slower"

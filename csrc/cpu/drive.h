@@ -31,8 +31,8 @@ void store(Vector<T> x, T* to) {
 // One line (64 bytes) of every part: all is read before anything is written. Large tensors begin at the same place
 // of a page, and some first-level caches cannot hold such lines side by side (AMD's tell ways apart by a few bits of
 // the address); going back and forth between halves of lines would fetch each one twice.
-template <class T, class Rule>
-inline void move_line(const Rule& rule, const Parts<T, Rule>& at, int64_t i) {
+template <class T, class Rule, class Copy>
+inline void move_line(const Rule& rule, const Parts<T, Rule>& at, int64_t i, const Copy& copy) {
   constexpr int vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
   Vector<T> p[vectors], g[vectors], s[kRoom<Rule>][vectors];
   for (int j = 0; j < vectors; ++j) g[j] = load(at.g + i + j * lanes);
@@ -43,16 +43,43 @@ inline void move_line(const Rule& rule, const Parts<T, Rule>& at, int64_t i) {
   for (int k = 0; k < Rule::states; ++k)
     for (int j = 0; j < vectors; ++j) store(s[k][j], at.s[k] + i + j * lanes);
   for (int j = 0; j < vectors; ++j) store(p[j], at.p + i + j * lanes);
+  copy.line(p, i);
 }
 
-template <class T, class Rule>
-void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n) {
+// What becomes of the new parameters besides.
+struct NoCopy {
+  template <class Floats>
+  void line(const Floats*, int64_t) const {}
+  template <class T>
+  void rest(const T*, int64_t, int) const {}
+};
+
+// A copy in another format, past the caches if it is large.
+template <class Format>
+struct CopyOut {
+  typename Format::Rest* to;
+  bool past_caches;
+
+  void line(const Float* p, int64_t i) const {
+    Word word[kVectors];
+    for (int j = 0; j < kVectors; ++j) word[j] = Format::narrow(bits_of(p[j]));
+    if (!past_caches) return store_in_order(word, to + i);
+    alignas(64) typename Format::Rest line[kLine];
+    store_in_order(word, line);
+    stream(to + i, line, sizeof line);
+  }
+  // Fewer than a line, but `p` is as long as one.
+  void rest(const float* p, int64_t i, int left) const { put_floats<Format>({to, nullptr, 0, 0, 0, 0}, i, left, p); }
+};
+
+template <class T, class Rule, class Copy = NoCopy>
+void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n, const Copy copy = {}) {
   constexpr int line = 64 / sizeof(T);
   int64_t i = 0;
   for (; i + line <= n; i += line) {
     ask_for(at.g + i), ask_for(at.p + i);
     for (int k = 0; k < Rule::states; ++k) ask_for(at.s[k] + i);
-    move_line(rule, at, i);
+    move_line(rule, at, i, copy);
   }
   const size_t left = size_t(n - i);
   if (left == 0) return;
@@ -64,7 +91,8 @@ void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n) {
     __builtin_memcpy(s[k], at.s[k] + i, left * sizeof(T));
     rest.s[k] = s[k];
   }
-  move_line(rule, rest, 0);
+  move_line(rule, rest, 0, NoCopy{});
+  copy.rest(p, i, int(left));
   __builtin_memcpy(at.p + i, p, left * sizeof(T));
   for (int k = 0; k < Rule::states; ++k) __builtin_memcpy(at.s[k] + i, s[k], left * sizeof(T));
 }
@@ -229,18 +257,25 @@ void run(const Job& job, int64_t begin, int64_t end) {
     if (s + kAheadTensors < job.count)  // a small tensor is over before the processor has seen where the next one lies
       for (int i = 0; i < parts; ++i) __builtin_prefetch(job.spans[s + kAheadTensors].data[i]);
 
-    bool converted = span.data[kCopy] != nullptr;
-    for (int i = 0; i < parts; ++i) converted |= span.format[i] != as_is<T>;
-    auto move_some = [&](int64_t n) {
+    bool in_place = true;
+    for (int i = 0; i < parts; ++i) in_place &= span.format[i] == as_is<T>;
+    auto move_some = [&](int64_t n, auto... copy) {
       Parts<T, Rule> all{at[kParam], at[kGrad], {}};
       for (int k = 0; k < Rule::states; ++k) all.s[k] = at[kState + k];
-      move_lines(rule, all, n);
+      move_lines(rule, all, n, copy...);
     };
-    if (!converted) {
+    if (in_place && !span.data[kCopy]) {
       for (int i = 0; i < parts; ++i) at[i] = static_cast<T*>(span.data[i]) + first;
       move_some(past - first);
       continue;
     }
+    if constexpr (same<T, float> && kHasWays)
+      if (in_place && span.format[kCopy] == FormatId::BF16) {
+        for (int i = 0; i < parts; ++i) at[i] = static_cast<T*>(span.data[i]) + first;
+        BF16::Rest* const to = static_cast<BF16::Rest*>(span.data[kCopy]) + first;
+        move_some(past - first, CopyOut<BF16>{to, large && reinterpret_cast<uintptr_t>(to) % 16 == 0});
+        continue;
+      }
     Places<parts> places;
     Place* const place = places.part;
     for (int i = 0; i < parts; ++i) {

@@ -80,6 +80,11 @@ ADAMFUSED_INLINE void store_words(const Word* word, float* to) {
 ADAMFUSED_INLINE void store_words(const Word* word, uint16_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_packus_epi32((__m256i)word[0], (__m256i)word[1]));
 }
+// The same of words that are in the order of memory.
+ADAMFUSED_INLINE void store_in_order(const Word* word, uint16_t* to) {
+  const __m256i x = _mm256_packus_epi32((__m256i)word[0], (__m256i)word[1]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(x, 0xd8));
+}
 ADAMFUSED_INLINE void store_words(const Word* word, uint8_t* to) {
   const __m256i x = _mm256_packus_epi32((__m256i)word[0], (__m256i)word[1]);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
@@ -120,6 +125,7 @@ ADAMFUSED_INLINE void store_words(const Word* word, Rest* to) {
       for (int i = 0; i < kWords; ++i) to[j * kWords + i] = Rest(word[j][i]);
   }
 }
+ADAMFUSED_INLINE void store_in_order(const Word* word, uint16_t* to) { store_words(word, to); }
 #endif
 
 // The random words of lines that follow one another.
