@@ -117,6 +117,26 @@ def test_more_chunks_than_fit_in_one() -> None:
     assert 4000 < assert_same_norm_everywhere([p]) < 4200
 
 
+LARGE = {
+    # Of 269 chunks each, the last of which is not full: by one thread all four are read together, by two they are not.
+    "alike": [(1_100_001, torch.float32)] * 4,
+    "of several dtypes": [
+        (1_700_001, torch.float32), (1_400_003, torch.bfloat16), (5, torch.float32), (0, torch.float32),
+        (4097, torch.float32), (1_000_000, torch.float64), (900_007, torch.float16),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.native
+@either_norm
+@pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE.keys())
+def test_large_gradients(sizes, largest) -> None:
+    """From 1,024 chunks on, four are read side by side where they are alike."""
+    params = [parameter(normal(n, seed=i).to(dtype)) for i, (n, dtype) in enumerate(sizes)]
+    assert sum(p.numel() for p in params) > 1024 * 4096
+    assert 0 < assert_same_norm_everywhere(params, largest) < INF
+
+
 @pytest.mark.native
 @either_norm
 def test_all_dtypes_in_one_sum(largest) -> None:
