@@ -18,7 +18,7 @@ FEWEST = 8
 """The values that a median needs for an interval of that confidence: 2 * 2**-8 is the first below 1 %."""
 
 NOTABLE = 1.1
-"""A difference that nothing may be called the same with: an interval that reaches so far leaves it open."""
+"""A ratio that two things which are called the same must not have: their interval excludes it."""
 
 ALLOWANCE = 0.02
 """What differs by less is called the same: where the states of an optimizer lie in memory moves its step by as much."""
