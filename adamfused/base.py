@@ -24,6 +24,8 @@ from .storage import (
 
 
 def as_number(x: float | Tensor) -> float:
+    if type(x) is float:  # mostly: to ask for a Tensor takes longer
+        return x
     return float(x.item()) if isinstance(x, Tensor) else float(x)
 
 

@@ -64,10 +64,11 @@ struct Row {
   }
 };
 
-// What `step` finds of a parameter that has a gradient: borrowed from Python objects that are held.
+// What `step` finds of a parameter that has a gradient: borrowed.
 struct Found {
   size_t place;  // in its group
   Parts parts;
+  c10::MaybeOwned<at::Tensor> grad;  // not the parameter's own reference, which may come to speak of another
   const at::Tensor *count, *carried;
   bool usual;  // its state has no master that was not asked for
 
@@ -94,6 +95,9 @@ struct Some {
 // Finds the tensors of parameters from Python's objects. Hardly any of that is in a near cache when a step begins, and
 // each thing is found by way of the one before. So some parameters are looked at side by side: each pass over them asks
 // for the memory that the next one reads.
+//
+// While nothing else can run, what is found need not be held, which would cost as much as to find it. Before anything
+// can, be it Python code or another thread, `hold` must be called.
 class Gatherer {
  public:
   static constexpr size_t kAtOnce = 16;
@@ -105,14 +109,22 @@ class Gatherer {
           before ? PyDict_SetItem(state_.ptr(), param.ptr(), before.ptr()) : PyDict_DelItem(state_.ptr(), param.ptr());
       if (failed) PyErr_Clear();
     }
-    for (PyObject* object : held_) Py_DECREF(object);
+    for (size_t i = 0; i < held_; ++i) Py_DECREF(borrowed_[i]);
+  }
+
+  void hold() {
+    for (; held_ < borrowed_.size(); ++held_) Py_INCREF(borrowed_[held_]);
+    for (; held_grads_.size() < grads_.size();)
+      held_grads_.push_back(at::Tensor(Held::reclaim_copy(grads_[held_grads_.size()])));
   }
 
   // The step is made: the states that `init` made stay.
   void keep() { fresh_.clear(); }
 
   // That so many parameters will be looked at.
-  void expect(size_t params) { held_.reserve(held_.size() + params * (kSlots + 2)); }
+  void expect(size_t params) {
+    borrowed_.reserve(borrowed_.size() + params * (kSlots + 2)), grads_.reserve(grads_.size() + params);
+  }
 
   // Looks at the j-th group's parameters, kAtOnce from `begin` on.
   Some gather(size_t j, const Row& row, size_t begin) {
@@ -120,21 +132,23 @@ class Gatherer {
     PyObject* params[kAtOnce];
     for (size_t i = 0; i < some; ++i)
       __builtin_prefetch(params[i] = PyList_GET_ITEM(row.params.ptr(), Py_ssize_t(begin + i)));
+    const at::Tensor* tensors[kAtOnce];
     for (size_t i = 0; i < some; ++i)
-      if (const at::Tensor* p = tensor_of(params[i])) ask_for_impl(*p);
+      if ((tensors[i] = tensor_of(params[i])) != nullptr) ask_for_impl(*tensors[i]);
     for (size_t i = 0; i < some; ++i)
-      if (const at::Tensor* p = tensor_of(params[i])) __builtin_prefetch(p->unsafeGetTensorImpl()->autograd_meta());
+      if (tensors[i] != nullptr) ask_for_64(tensors[i]->unsafeGetTensorImpl()->autograd_meta());
     size_t count = 0;
     for (size_t i = 0; i < some; ++i) {
       Found& here = found_[count];
       here.begin(begin + i, params[i]);
-      if ((here.parts[kParam] = tensor_of(params[i])) != nullptr) {
-        const at::Tensor& grad = here.parts[kParam]->unsafeGetTensorImpl()->grad();
+      if ((here.parts[kParam] = tensors[i]) != nullptr) {
+        const at::Tensor& grad = tensors[i]->unsafeGetTensorImpl()->grad();
         if (!grad.defined()) continue;
-        here.parts[kGrad] = &grads_.emplace_back(grad);
+        grads_.push_back(grad.unsafeGetTensorImpl());
+        here.grad = c10::MaybeOwned<at::Tensor>::borrowed(grad), here.parts[kGrad] = &*here.grad;
         ask_for_impl(grad);
-        here.state = look_up(hold(params[i]));
-        if (here.state != nullptr) __builtin_prefetch(hold(here.state));
+        here.state = look_up(borrow(params[i]));
+        if (here.state != nullptr) __builtin_prefetch(borrow(here.state));
       }
       ++count;
     }
@@ -145,7 +159,7 @@ class Gatherer {
       if (here.state != nullptr) find_values(row, here);
     if (row.copies.size() != 0)
       for (Found& here : all)
-        here.parts[kCopy] = tensor_of(hold(PyList_GET_ITEM(row.copies.ptr(), Py_ssize_t(here.place))));
+        here.parts[kCopy] = tensor_of(borrow(PyList_GET_ITEM(row.copies.ptr(), Py_ssize_t(here.place))));
     for (Found& here : all)
       for (size_t k = 0; k < here.values; ++k)
         if (const at::Tensor* t = *here.to[k] = tensor_of(here.value[k])) ask_for_impl(*t);
@@ -158,6 +172,10 @@ class Gatherer {
   }
 
  private:
+  // The first bytes of what need not begin with a line.
+  static void ask_for_64(const void* object) {
+    __builtin_prefetch(object), __builtin_prefetch(static_cast<const char*>(object) + 63);
+  }
   static void ask_for_impl(const at::Tensor& t) {
     const char* impl = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
     for (size_t at = 0; at < sizeof(at::TensorImpl); at += 64) __builtin_prefetch(impl + at);
@@ -165,23 +183,20 @@ class Gatherer {
   }
   static void ask_for_storage(const at::Tensor* t) {
     if (t == nullptr || !t->defined()) return;
-    const char* storage =
-        reinterpret_cast<const char*>(t->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
-    __builtin_prefetch(storage), __builtin_prefetch(storage + 63);
+    ask_for_64(t->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
   }
 
-  // A dict that is held, made if there is none yet; or null.
+  // A dict, made if there is none yet; or null.
   void find_state(size_t j, Found& here) {
-    auto is_there = [&here] {
-      return here.state != nullptr && PyDict_Check(here.state) && PyDict_Size(here.state) > 0;
-    };
+    auto is_there = [&here] { return here.state != nullptr && PyDict_Check(here.state) && entries_of(here.state) > 0; };
     auto look_again = [&] {
-      if ((here.state = look_up(here.param)) != nullptr) hold(here.state);
+      if ((here.state = look_up(here.param)) != nullptr) borrow(here.state);
     };
     if (!is_there()) look_again();  // the same parameter may have come before
     if (!is_there()) {
       fresh_.emplace_back(py::reinterpret_borrow<py::object>(here.param),
                           py::reinterpret_borrow<py::object>(here.state));
+      hold();
       init_(j, here.place);
       look_again();
     }
@@ -197,12 +212,13 @@ class Gatherer {
     auto entry = [&](PyObject* wanted) {
       if (at >= 0 && next_is(wanted)) return value;
       at = -1;  // another order, or keys that are equal but not the same: the usual way
+      hold();
       return checked(PyDict_GetItemWithError(here.state, wanted));
     };
     auto take = [&](PyObject* wanted, const at::Tensor** to) {
       PyObject* found = entry(wanted);
       if (found == nullptr) return;
-      __builtin_prefetch(hold(found));
+      __builtin_prefetch(borrow(found));
       here.value[here.values] = found, here.to[here.values++] = to;
     };
     take(step_key_.ptr(), &here.count);
@@ -216,18 +232,20 @@ class Gatherer {
   // would be passed over, and with it half of the weight.
   void find_beside(const Row& row, Found& here) {
     Py_ssize_t expected = Py_ssize_t(1 + row.states + !row.master.is_none() + !row.carried.is_none());
-    if (PyDict_Size(here.state) == expected) return;
+    if (entries_of(here.state) == expected) return;
+    hold();
     for (size_t k = 0; k < row.states; ++k) {
       const at::Tensor* state = here.parts[kState + k];
       if (state == nullptr || !is_code(state->scalar_type())) continue;
       PyObject* scale = checked(PyDict_GetItemWithError(here.state, PyTuple_GET_ITEM(row.scales.ptr(), Py_ssize_t(k))));
-      here.parts[kScale + k] = tensor_of(scale == nullptr ? nullptr : hold(scale));
+      here.parts[kScale + k] = tensor_of(scale == nullptr ? nullptr : borrow(scale));
       ++expected;
     }
-    if (PyDict_Size(here.state) > expected && row.master.is_none())
+    if (entries_of(here.state) > expected && row.master.is_none())
       here.usual = PyDict_GetItemString(here.state, "master") == nullptr;
   }
 
+  static Py_ssize_t entries_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_used; }
   static PyObject* checked(PyObject* value) {
     if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
     return value;
@@ -239,11 +257,11 @@ class Gatherer {
     PyObject* known = checked(_PyDict_GetItem_KnownHash(state_.ptr(), param, reinterpret_cast<Py_hash_t>(param)));
     if (known != nullptr) return known;
 #endif
+    hold();
     return checked(PyDict_GetItemWithError(state_.ptr(), param));
   }
-  PyObject* hold(PyObject* object) {
-    Py_INCREF(object);
-    held_.push_back(object);
+  PyObject* borrow(PyObject* object) {
+    borrowed_.push_back(object);
     return object;
   }
   static const at::Tensor* tensor_of(PyObject* object) {
@@ -254,9 +272,12 @@ class Gatherer {
   const py::function& init_;
   std::array<Found, kAtOnce> found_;
   py::str step_key_ = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("step"));
-  std::vector<PyObject*> held_;
+  std::vector<PyObject*> borrowed_;
+  size_t held_ = 0;                                       // of them
   std::vector<std::pair<py::object, py::object>> fresh_;  // a parameter whose state `init` makes, its entry before
-  std::deque<at::Tensor> grads_;                          // a parameter may lose its gradient while the kernels run
+  using Held = c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
+  std::vector<at::TensorImpl*> grads_;  // borrowed
+  std::vector<at::Tensor> held_grads_;  // the first of them: a parameter may lose its gradient while the kernels run
 };
 
 // groups: (rule, hyper, lr, lr tensor or None, state keys, params, decay of the average or None, copies, (key of the
@@ -279,17 +300,22 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
     const size_t states = row.keys.size();
     const bool copied = row.copies.size() != 0, mastered = !row.master.is_none();
     const bool plain = !copied && !mastered && row.carried.is_none();
+    // Python code may run where a decay is asked for, and where torch reads a number from a tensor.
+    const bool quiet = plain && !group.ema_decay_at && !group.lr_tensor && !factor && !found_inf;
 
     work.expect(row.params.size());
     gatherer.expect(row.params.size());
     for (size_t begin = 0; begin < row.params.size(); begin += Gatherer::kAtOnce) {
-      for (Found& found : gatherer.gather(j, row, begin)) {
+      const Some all_found = gatherer.gather(j, row, begin);
+      if (!quiet) gatherer.hold();
+      for (Found& found : all_found) {
         const Chance chance = row.chance(found.place);
         bool moves = found.usual && found.count != nullptr && copied == (found.parts[kCopy] != nullptr) &&
                      mastered == (found.parts[kMaster] != nullptr) &&
                      (!mastered || int64_t(found.parts[kMaster]->itemsize()) == row.master_size);
         for (size_t k = 0; k < kState + states; ++k) moves &= found.parts[k] != nullptr;
         if (moves && plain && work.add_plain(group, found.parts, *found.count)) continue;
+        gatherer.hold();
         if (moves && work.add(group, found.parts, *found.count, found.carried, chance)) continue;
         py::object verdict = judge(j, found.place);
         if (verdict.is_none()) {
@@ -309,7 +335,10 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
       }
     }
   }
-  {
+  if (work.is_brief()) {
+    work.run();
+  } else {
+    gatherer.hold();
     py::gil_scoped_release others_may_run;
     work.run();
   }

@@ -20,7 +20,8 @@ class GradientSum {
     if (!(param.device.is_cpu() || (param.device.is_cuda() && kWithCuda))) return false;
     if (!(param.contiguous && !param.turned && look_alike(g, false, param, grad) && grad.has_format)) {
       if (!look(g, false, grad) || !grad.has_format || grad.device != param.device ||
-          at::isComplexType(grad.type) != at::isComplexType(param.type) || !same_sizes(grad.impl, param.impl))
+          at::isComplexType(grad.type) != at::isComplexType(param.type) ||
+          !same_sizes(grad.impl->sizes(), param.impl->sizes()))
         return false;
       const bool dense = param.contiguous || p.is_non_overlapping_and_dense();
       const bool as_it_lies = !grad.turned && (dense ? same_order(g, p) : grad.contiguous);

@@ -183,6 +183,7 @@ class Step {
   // Notes one parameter, or says that it is not for these kernels. Writes nothing but the step count.
   __attribute__((flatten)) bool add(const Group& group, const Parts& parts, const at::Tensor& step,
                                     const at::Tensor* carried, const Chance& chance) {
+    work_ += kBrief + 1;
     Seen seen[kSlots], counter, beside;
     const Seen& param = seen[kParam];
     const at::Tensor& p = *parts[kParam];
@@ -206,7 +207,7 @@ class Step {
       for (int i = 0; i < shaped; ++i) {
         const int k = slots[i];
         if (!look(*parts[k], k != kGrad, seen[k]) || seen[k].device != device ||
-            at::isComplexType(seen[k].type) != is_complex || !same_sizes(seen[k].impl, param.impl))
+            at::isComplexType(seen[k].type) != is_complex || !same_sizes(seen[k].impl->sizes(), param.impl->sizes()))
           return false;
         if (k != kGrad && seen[k].inference && !c10::InferenceMode::is_enabled()) return false;
       }
@@ -294,6 +295,10 @@ class Step {
     return true;
   }
 
+  // Whether to move everything takes less than to let go of the interpreter may: another thread may keep it for
+  // milliseconds. Then no other thread works, no Python code runs.
+  bool is_brief() const { return work_ <= kBrief; }
+
   // Moves everything. Touches no Python object, so the caller may have let go of the interpreter.
   void run() {
     at::NoGradGuard no_grad;
@@ -311,43 +316,100 @@ class Step {
   }
 
  private:
+  // What the last parameter was that is as most are. The next one mostly is the same, and then few questions are left,
+  // because torch keeps all that is special about a tensor in its keys.
+  struct Usual {
+    const Group* group = nullptr;
+    c10::DispatchKeySet keys, count_keys;
+    at::Device device = at::kCPU;
+    caffe2::TypeMeta type;
+    FormatId format;
+    size_t itemsize, bucket;
+  };
+
+  bool find_usual(const Group& group, const at::Tensor& p, const at::Tensor& step) {
+    Seen seen, counter;
+    if (!look(p, true, seen) || !seen.has_format || seen.turned || seen.inference || at::isComplexType(seen.type) ||
+        !(seen.device.is_cpu() || (seen.device.is_cuda() && kWithCuda)) || !look(step, true, counter) ||
+        !counter.device.is_cpu())
+      return false;
+    usual_ = {&group,
+              seen.impl->key_set(),
+              counter.impl->key_set(),
+              seen.device,
+              seen.impl->dtype(),
+              seen.format,
+              seen.impl->itemsize(),
+              bucket_for(seen.device, group, seen.type == at::kDouble)};
+    return true;
+  }
+
   // As most are: with its gradient and its states contiguous, of plain numbers and each by itself, and its count on the
-  // host. Few questions, for a number of states that is known, because a model has thousands of parameters.
+  // host. For a number of states that is known, because a model has thousands of parameters.
   template <int states>
   __attribute__((flatten)) bool add_usual(const Group& group, const Parts& parts, const at::Tensor& step) {
     constexpr int count = kState + states;
-    Seen seen[count], counter;
-    const Seen& param = seen[kParam];
-    if (!look(*parts[kParam], true, seen[kParam])) return false;
-    if (!param.has_format || !param.contiguous || param.turned || param.inference || at::isComplexType(param.type) ||
-        !(param.device.is_cpu() || (param.device.is_cuda() && kWithCuda)))
-      return false;
-    for (int k = 1; k < count; ++k)
-      if (!look_alike(*parts[k], k != kGrad, param, seen[k]) || !seen[k].has_format) return false;
-    for (int i = 1; i < count; ++i)
-      for (int j = 0; j < i; ++j)
-        if (seen[j].extent.meets(seen[i].extent)) return false;
-    if (!look(step, true, counter) || counter.numel != 1 || !counter.device.is_cpu()) return false;
-    Count counted{const_cast<char*>(counter.extent.begin), counter.type, 0, 0};
+    const at::TensorImpl* const p = parts[kParam]->unsafeGetTensorImpl();
+    at::TensorImpl* const counter = step.unsafeGetTensorImpl();
+    auto on_its_device = [this](const at::TensorImpl* t) {
+      return usual_.device.is_cpu() || t->device() == usual_.device;  // of a CPU, the keys tell
+    };
+    const bool known = usual_.group == &group && p->key_set() == usual_.keys && p->dtype() == usual_.type &&
+                       on_its_device(p) && counter->key_set() == usual_.count_keys;
+    if (!known && !find_usual(group, *parts[kParam], step)) return false;
+    const at::IntArrayRef sizes = p->sizes();
+    const int64_t numel = p->numel();
+    if (numel == 0 || counter->numel() != 1) return false;
+
+    Extent extent[count];
+    FormatId format[count];
+    bool fits = true;
+    for_each<0, count>([&](auto slot) {
+      constexpr int k = slot.value;
+      const at::TensorImpl* const t = parts[k]->unsafeGetTensorImpl();
+      if constexpr (k != kParam)
+        fits = fits && t->key_set() == usual_.keys && on_its_device(t) && same_sizes(t->sizes(), sizes);
+      if (!fits) return;
+      size_t itemsize = usual_.itemsize;
+      format[k] = usual_.format;
+      if (t->dtype() != usual_.type) {
+        const at::ScalarType type = t->dtype().toScalarType();
+        fits = find_format(type, format[k]) && !at::isComplexType(type);
+        itemsize = t->itemsize();
+      }
+      const size_t bytes = size_t(numel) * itemsize;
+      fits = fits && t->is_contiguous() && find_memory(t, k != kGrad, itemsize, bytes, extent[k].begin);
+      extent[k].end = extent[k].begin + bytes;
+    });
+    if (!fits) return false;
+    bool apart = true;
+    for_each<1, count>([&](auto slot) {
+      for (int k = 0; k < slot.value; ++k) apart &= !extent[k].meets(extent[slot.value]);
+    });
+    const char* counts = nullptr;
+    if (!apart || !find_memory(counter, true, counter->itemsize(), counter->itemsize(), counts)) return false;
+    Count counted{const_cast<char*>(counts), counter->dtype().toScalarType(), 0, 0};
     if (!counted.advance()) return false;
     counted_.push_back(counted);
-    bumped_.push_back(counter.impl);
-    for (int k = 0; k < count; ++k)
-      if (k != kGrad) bumped_.push_back(seen[k].impl);
+    work_ += usual_.device.is_cpu() ? numel + kPerTile : kBrief + 1;
+    bumped_.push_back(counter);
+    for_each<0, count>([&](auto slot) {
+      if constexpr (slot.value != kGrad) bumped_.push_back(parts[slot.value]->unsafeGetTensorImpl());
+    });
 
-    Bucket& bucket = buckets_[bucket_for(param.device, group, param.type == at::kDouble)];
+    Bucket& bucket = buckets_[usual_.bucket];
     Span& span = bucket.spans.emplace_back();
     uintptr_t bits = 0;
     for_each<0, kSlots>([&](auto slot) {
       constexpr int k = slot.value;
       span.data[k] = nullptr;
       if constexpr (k < count) {
-        span.data[k] = const_cast<char*>(seen[k].extent.begin), span.format[k] = seen[k].format;
+        span.data[k] = const_cast<char*>(extent[k].begin), span.format[k] = format[k];
         bits |= reinterpret_cast<uintptr_t>(span.data[k]);
       }
     });
     span.aligned = bits % 16 == 0;
-    span.numel = param.numel;
+    span.numel = numel;
     span.step = span.carried = nullptr;
     span.recipe = bucket.recipe_for(group, counted.after, 0, kept_);
     span.key = span.first = 0, span.t = uint32_t(uint64_t(counted.after));
@@ -517,13 +579,12 @@ class Step {
     const int64_t tiles = first_tile.back();
     const Run run = isa().table[bucket.rule][bucket.averaged][bucket.in_double];
     if (tiles == 0) return;
-    // Below about 32,768 numbers a second thread costs more than it brings; opening a tile costs like 16 numbers.
-    const int64_t grain = std::max<int64_t>(1, tiles * 32768 / (numbers + 16 * tiles));
+    const int64_t grain = std::max<int64_t>(1, tiles * kBrief / (numbers + kPerTile * tiles));
     auto some = [&](int64_t begin, int64_t end) {
       DefaultArithmetic here;
       run(job, begin, end);
     };
-    if (forked.load() || share_memory(spans))
+    if (forked.load() || tiles <= grain || at::get_num_threads() == 1 || share_memory(spans))
       some(0, tiles);
     else
       at::parallel_for(0, tiles, grain, some);
@@ -542,9 +603,14 @@ class Step {
     }
   }
 
+  // Below so many numbers, a second thread costs more than it brings. To open a tile costs like some.
+  static constexpr int64_t kBrief = 32768, kPerTile = 16;
+
   const Common common_;
+  int64_t work_ = 0;  // numbers
   size_t expected_ = 0;
   std::vector<Bucket> buckets_;
+  Usual usual_;
   std::vector<Alone> alone_;
   std::deque<std::pair<at::Tensor, at::Tensor>> copied_;  // (where it belongs or undefined, the copy that moves)
   std::vector<Count> counted_;

@@ -70,20 +70,27 @@ struct Seen {
   Extent extent;
 };
 
-// Finds where a tensor's elements lie, if its storage holds all of them. `written` tells whether it will be written,
-// which a storage that several tensors share until then (copy on write) must know.
+// Finds where the elements of a tensor begin, if its storage holds so many bytes from there. `written` tells whether it
+// will be written, which a storage that several tensors share until then (copy on write) must know.
+inline bool find_memory(const at::TensorImpl* impl, bool written, size_t itemsize, size_t bytes, const char*& begin) {
+  const c10::Storage& storage = impl->unsafe_storage();
+  if (!storage) return false;
+  const size_t first = size_t(impl->storage_offset()) * itemsize;
+  if (first + bytes > storage.nbytes()) return false;
+  const void* data = written ? storage.mutable_data() : storage.data();
+  begin = static_cast<const char*>(data) + first;
+  return true;
+}
+
+// The same of all that was looked at so far.
 inline bool reach(at::TensorImpl* impl, bool written, Seen& seen) {
   seen.impl = impl;
   seen.extent = {nullptr, nullptr};
   if (seen.numel == 0) return true;
-  const c10::Storage& storage = impl->unsafe_storage();
-  if (!storage) return false;
-  const size_t size = impl->itemsize(), first = size_t(impl->storage_offset()) * size;
+  const size_t size = impl->itemsize();
   const size_t length = seen.contiguous ? size_t(seen.numel) * size
                                         : at::detail::computeStorageNbytes(impl->sizes(), impl->strides(), size);
-  if (first + length > storage.nbytes()) return false;
-  const void* data = written ? storage.mutable_data() : storage.data();
-  seen.extent.begin = static_cast<const char*>(data) + first;
+  if (!find_memory(impl, written, size, length, seen.extent.begin)) return false;
   seen.extent.end = seen.extent.begin + length;
   return true;
 }
@@ -102,8 +109,7 @@ inline bool look(const at::Tensor& t, bool written, Seen& seen) {
   return reach(impl, written, seen);
 }
 
-inline bool same_sizes(const at::TensorImpl* a, const at::TensorImpl* b) {
-  const at::IntArrayRef x = a->sizes(), y = b->sizes();
+inline bool same_sizes(at::IntArrayRef x, at::IntArrayRef y) {
   bool same = x.size() == y.size();
   for (size_t d = 0; same && d < x.size(); ++d) same = x[d] == y[d];
   return same;
@@ -113,7 +119,9 @@ inline bool same_sizes(const at::TensorImpl* a, const at::TensorImpl* b) {
 // keys, in which torch keeps all that is special about a tensor, are those of the parameter, which was looked at.
 inline bool look_alike(const at::Tensor& t, bool written, const Seen& param, Seen& seen) {
   at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  if (impl->key_set() != param.impl->key_set() || !impl->is_contiguous() || !same_sizes(impl, param.impl)) return false;
+  if (impl->key_set() != param.impl->key_set() || !impl->is_contiguous() ||
+      !same_sizes(impl->sizes(), param.impl->sizes()))
+    return false;
   if (!param.device.is_cpu() && impl->device() != param.device) return false;
   seen.type = impl->dtype().toScalarType();
   seen.format = param.format, seen.has_format = true;

@@ -247,6 +247,56 @@ def test_control_a_call_that_holds_the_interpreter_is_noticed() -> None:
     assert progress_during(lambda: hold(300_000)) < 100
 
 
+class Odd(str):
+    """A key that is "step" to a dict, and runs some code when it is asked."""
+
+    act: Callable[[], None]
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        self.act()
+        return str(self) == other
+
+
+@pytest.mark.parametrize("size", [16, LARGE // 8], ids=["brief", "long"])
+@pytest.mark.parametrize("where", ["decay", "key"])
+def test_python_that_runs_within_a_step_may_take_away_what_it_found(where, size) -> None:
+    """Gradients and states that nothing else holds any more: their memory would be given to others."""
+    junk: list[Tensor] = []
+    calls = 0
+
+    def take_away() -> None:
+        nonlocal calls
+        calls += 1
+        for p in params:
+            p.grad = None
+            for key, value in optimizer.state[p].items():
+                optimizer.state[p][key] = value.clone()
+        junk.extend(torch.full((n,), torch.nan) for n in (1, size) for _ in range(100))
+
+    def decay(t: float) -> float:
+        if t == 2:
+            take_away()
+        return 0.9
+
+    sizes = [size] * 10
+    optimizer, twin = (
+        build(sizes, **({"ema_decay": f} if where == "decay" else {}))
+        for f in (decay, lambda t: 0.9)
+    )
+    params = optimizer.param_groups[0]["params"]
+    optimizer.step(), twin.step()
+    if where == "key":
+        state = optimizer.state[params[5]]
+        odd = Odd("step")
+        odd.act = take_away
+        optimizer.state[params[5]] = {odd: state.pop("step")} | state
+    optimizer.step(), twin.step()
+    assert calls > 0
+    for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
+        assert_same_bits(p.detach(), q.detach())
+
+
 # ---- the environment of a process ----------------------------------------------------------------
 
 
