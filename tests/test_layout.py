@@ -406,6 +406,42 @@ def test_nothing_past_either_end_is_touched(case, dtype, at_end) -> None:
         check_step(case, "native", params, grads, between=guard_states)
 
 
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "float64": (torch.float64, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "split16": (torch.bfloat16, {"master_weights": "split16", "state_dtype": torch.bfloat16}),
+    "split8": (torch.bfloat16, {"master_weights": "split8", "state_dtype": torch.float16}),
+    "fp32 master": (torch.float16, {"master_weights": "fp32"}),
+    "int8": (torch.bfloat16, {"master_weights": "split16", "state_dtype": "int8"}),
+    "at random": (torch.float16, {"stochastic_rounding": True, "state_dtype": "param"}),
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    "copy_dtype", [None, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("dtype, options", FORMATS.values(), ids=FORMATS.keys())
+def test_nothing_past_the_end_is_touched_in_any_format(dtype, options, copy_dtype) -> None:
+    """Codes are made of 4,096 numbers or more."""
+    for n in [4096 + n for n in SEAMS] if "int8" in options.values() else SEAMS:
+        results = []
+        for place in (lambda x: guarded(x, at_end=True), lambda x: x.clone()):
+            p = place(numbers((n,), dtype, 0)).requires_grad_()
+            copies = [] if copy_dtype is None else [place(torch.zeros(n, dtype=copy_dtype))]
+            extra = {"copy_to": copies} if copies else {}
+            optimizer = AdamW([p], lr=0.1, backend="native", **options, **extra)
+            for seed in (1, 2):
+                p.grad = place(numbers((n,), dtype, seed))
+                optimizer.step()
+                state = optimizer.state[p]
+                state.update({k: place(t) for k, t in state.items() if t.dim() > 0})
+            results.append([p.detach(), *copies, *optimizer.state[p].values()])
+        for a, b in zip(*results, strict=True):
+            assert_same_bits(a.clone(), b.clone())
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("at_end", [False, True], ids=["before the beginning", "past the end"])
 def test_control_touching_a_guard_page_is_fatal(at_end) -> None:

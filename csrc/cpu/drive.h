@@ -61,14 +61,14 @@ struct CopyOut {
   bool past_caches;
 
   void line(const Float* p, int64_t i) const {
-    Word word[kVectors];
-    for (int j = 0; j < kVectors; ++j) word[j] = Format::narrow(bits_of(p[j]));
+    constexpr int vectors = 64 / ADAMFUSED_VECTOR;
+    Word word[vectors];
+    for (int j = 0; j < vectors; ++j) word[j] = Format::narrow(bits_of(p[j]));
     if (!past_caches) return store_in_order(word, to + i);
-    alignas(64) typename Format::Rest line[kLine];
+    alignas(64) typename Format::Rest line[16];
     store_in_order(word, line);
     stream(to + i, line, sizeof line);
   }
-  // Fewer than a line, but `p` is as long as one.
   void rest(const float* p, int64_t i, int left) const { put_floats<Format>({to, nullptr, 0, 0, 0, 0}, i, left, p); }
 };
 
@@ -83,7 +83,8 @@ void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n, const Copy 
   }
   const size_t left = size_t(n - i);
   if (left == 0) return;
-  T p[line] = {}, g[line] = {}, s[kRoom<Rule>][line] = {};
+  constexpr int room = line > kLine ? line : kLine;  // what is copied out is read by lines
+  T p[room] = {}, g[line] = {}, s[kRoom<Rule>][line] = {};
   __builtin_memcpy(p, at.p + i, left * sizeof(T));
   __builtin_memcpy(g, at.g + i, left * sizeof(T));
   Parts<T, Rule> rest{p, g, {}};
@@ -99,11 +100,12 @@ void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n, const Copy 
 
 // ---- formats that are known when this is compiled: from memory to registers and back ----
 
-#ifdef __AVX2__
-constexpr bool kHasWays = true;
-#else
-constexpr bool kHasWays = false;  // what runs anywhere need not be fast
-#endif
+template <int parts>
+struct Places {
+  Place part[parts];
+};
+
+#ifdef ADAMFUSED_PAIRS  // what runs anywhere need not be fast
 
 // All states are 8-bit codes: each of the kind that its rule names.
 struct Codes {};
@@ -120,10 +122,37 @@ auto format_of() {
 template <class S, class Rule, int k>
 using FormatOf = decltype(format_of<S, Rule, k>());
 
-template <int parts>
-struct Places {
-  Place part[parts];
-};
+// Blocks of finite numbers, one of each state, to codes and their scales. Two states share random words.
+template <class Rule>
+ADAMFUSED_INLINE void store_blocks(const float (*from)[kBlock], int n, const Scaling* scaling, const Place* place,
+                                   int64_t at) {
+  constexpr int states = Rule::states, room = kRoom<Rule>;
+  float inverse[room];
+  Words words[room];
+  for_each<0, states>([&](auto index) {
+    constexpr int k = index.value;
+    using Format = FormatOf<Codes, Rule, k>;
+    const Place& state = place[kState + k];
+    inverse[k] = Format::inverse(scaling[k].power);
+    *state.below<Format>(at) = Format::scale(scaling[k].power);
+    words[k] = state.dither(at).words;
+  });
+  for (int i = 0; i < n; i += kLine) {
+    Word hash[2];
+    for_each<0, states>([&](auto index) {
+      constexpr int k = index.value, slot = kState + k;
+      using Format = FormatOf<Codes, Rule, k>;
+      Word b[2], word[2];
+      for (int j = 0; j < 2; ++j) {
+        if constexpr (k == 0 || slot % 2 == 0) hash[j] = words[k].of(j);
+        word[j] = dither(hash[j], place[slot].t, slot);
+        __builtin_memcpy(b + j, from[k] + i + j * kWords, sizeof *b);
+      }
+      words[k].next_line();
+      store_codes<Format>(b, inverse[k], word, place[slot].rest<Format>(at) + i);
+    });
+  }
+}
 
 // Moves the numbers from `begin` to `end`, whole lines and at first a whole block, of parts in these formats. Stops
 // before a block that has codes of numbers that are not finite. Gives where it stopped. By value, so that what is
@@ -179,16 +208,22 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
     }
     if constexpr (coded) {
       Scaling scaling[room];
+      bool still_finite = true;
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         scaling[k] = scaling_of<FormatOf<S, Rule, k>>(kept[k], n, top[k]);
+        still_finite &= scaling[k].finite;
       });
-      for_each<0, states>([&](auto index) {
-        constexpr int k = index.value;
-        using Format = FormatOf<S, Rule, k>;
-        const Place& state = place[kState + k];
-        store_block<Format>(kept[k], n, scaling[k], state.dither(at), state.rest<Format>(at), state.below<Format>(at));
-      });
+      if (still_finite)
+        store_blocks<Rule>(kept, n, scaling, place, at);
+      else
+        for_each<0, states>([&](auto index) {
+          constexpr int k = index.value;
+          using Format = FormatOf<S, Rule, k>;
+          const Place& state = place[kState + k];
+          store_block<Format>(kept[k], n, scaling[k], state.dither(at), state.rest<Format>(at),
+                              state.below<Format>(at));
+        });
     }
   }
   return end;
@@ -230,6 +265,7 @@ MoveAs<Rule> way_to_move(const Span& span, bool usual) {
   if (p == FormatId::Split8) return with_states<Split8, BF16, false, true, Rule>(s, usual);
   return nullptr;
 }
+#endif
 
 constexpr int kAheadTensors = 4;
 constexpr int64_t kLarge = 4096;  // tiles: more than caches hold, so that what is not read again need not stay there
@@ -269,7 +305,7 @@ void run(const Job& job, int64_t begin, int64_t end) {
       move_some(past - first);
       continue;
     }
-    if constexpr (same<T, float> && kHasWays)
+    if constexpr (same<T, float>)
       if (in_place && span.format[kCopy] == FormatId::BF16) {
         for (int i = 0; i < parts; ++i) at[i] = static_cast<T*>(span.data[i]) + first;
         BF16::Rest* const to = static_cast<BF16::Rest*>(span.data[kCopy]) + first;
@@ -282,9 +318,11 @@ void run(const Job& job, int64_t begin, int64_t end) {
       void* const beside = i == kParam ? span.data[kMaster] : i == kGrad ? nullptr : span.data[kScale + i - kState];
       place[i] = {span.data[i], beside, span.key, span.t, span.first, i};
     }
-    MoveAs<Rule> move_as = nullptr;
-    if constexpr (same<T, float> && kHasWays)
+    int64_t (*move_as)(Rule, const Places<parts>, int64_t, int64_t) = nullptr;
+#ifdef ADAMFUSED_PAIRS
+    if constexpr (same<T, float>)
       if (!span.data[kCopy]) move_as = way_to_move<Rule>(span, rule.is_usual());
+#endif
     const int64_t lines = first + (past - first) / kLine * kLine,
                   whole = lines == past ? past : lines / kBlock * kBlock;
     for (int64_t start = first; start < past;) {
