@@ -182,14 +182,14 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
     Word top[room] = {};
     for (int i = 0; i < n; i += kLine) {
       Float p[kVectors], g[kVectors], s[room][kVectors];
-      ask_for(g_rest + i), ask_for(p_rest + i);
-      if constexpr (is_joined<P>) ask_for(p_beside + i);
+      ask_for_line(g_rest + i), ask_for_line(p_rest + i);
+      if constexpr (is_joined<P>) ask_for_line(p_beside + i);
       load_line<G>(g_rest + i, nullptr, 0, g);
       load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         const auto* rest = place[kState + k].rest<FormatOf<S, Rule, k>>(at) + i;
-        ask_for(rest);
+        ask_for_line(rest);
         load_line<FormatOf<S, Rule, k>, true>(rest, nullptr, scale[k], s[k]);
       });
       for (int j = 0; j < kVectors; ++j) move(rule, p, g, s, j);

@@ -31,6 +31,12 @@ constexpr int kLine = 16;
 #endif
 constexpr int kVectors = kLine / kWords;
 
+// All of a line that is to come.
+template <class Rest>
+ADAMFUSED_INLINE void ask_for_line(const Rest* x) {
+  for (size_t at = 0; at < kLine * sizeof(Rest); at += 64) ask_for(reinterpret_cast<const char*>(x) + at);
+}
+
 // The words of a line, from the low ends of what rests. Of a pair, the first vector has the numbers 0-3, 8-11 and so
 // on, the second the others, because to interleave and to pack within parts of 16 bytes is several times faster than
 // across them.
@@ -416,7 +422,7 @@ static_assert(kTile % kStretch == 0 && kStretch % kBlock == 0 && kBlock % kLine 
 template <class Format>
 void get_lines(const typename Format::Rest* rest, const typename Format::Beside* beside, int n, float* to) {
   for (int i = 0; i < n; i += kLine) {
-    ask_for(rest + i);
+    ask_for_line(rest + i);
     float scale = 0;
     if constexpr (is_code<Format>) scale = beside[i / kBlock];
     Float x[kVectors];
