@@ -251,17 +251,17 @@ class Step {
     }
     if (on_device ? counter.device != device || counted.type != at::kFloat : !counted.advance()) return false;
     if (!on_device) counted_.push_back(counted);
-    bumped_.push_back(counter.impl);
+    will_bump(counter.impl);
     if (has_carried) {
       if (!on_device) {
         DefaultArithmetic here;
         carries.become(group.facts().carry(group.hyper.data(), counted.after, carries.before));
         counted_.push_back(carries);
       }
-      bumped_.push_back(beside.impl);
+      will_bump(beside.impl);
     }
     for (int i = 0; i < count; ++i)
-      if (slots[i] != kGrad) bumped_.push_back(seen[slots[i]].impl);
+      if (slots[i] != kGrad) will_bump(seen[slots[i]].impl);
 
     const size_t b = bucket_for(device, group, param.type == at::kDouble || param.type == at::kComplexDouble);
     Bucket& bucket = buckets_[b];
@@ -306,8 +306,7 @@ class Step {
     for (auto& [tensor, copy] : copied_)
       if (tensor.defined()) tensor.copy_(copy);
     for (Alone& each : alone_) run_alone(each);
-    for (at::TensorImpl* t : bumped_)
-      if (!t->is_inference()) t->bump_version();
+    for (at::TensorImpl* t : bumped_) t->bump_version();
     counted_.clear();
   }
 
@@ -316,6 +315,11 @@ class Step {
   }
 
  private:
+  // That the version of a tensor counts this step, if it has one.
+  void will_bump(at::TensorImpl* t) {
+    if (!t->is_inference()) bumped_.push_back(t);
+  }
+
   // What the last parameter was that is as most are. The next one mostly is the same, and then few questions are left,
   // because torch keeps all that is special about a tensor in its keys.
   struct Usual {
@@ -392,7 +396,7 @@ class Step {
     if (!counted.advance()) return false;
     counted_.push_back(counted);
     work_ += usual_.device.is_cpu() ? numel + kPerTile : kBrief + 1;
-    bumped_.push_back(counter);
+    will_bump(counter);
     for_each<0, count>([&](auto slot) {
       if constexpr (slot.value != kGrad) bumped_.push_back(parts[slot.value]->unsafeGetTensorImpl());
     });

@@ -120,7 +120,8 @@ ADAMFUSED_INLINE void load_words(const float* from, Word* word) {
   word[0] = (Word)_mm512_shuffle_i32x4(a, b, 0x88), word[1] = (Word)_mm512_shuffle_i32x4(a, b, 0xdd);
 }
 ADAMFUSED_INLINE void store_words(const Word* word, float* to) {
-  const Bits first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const Bits first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+             second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   _mm512_storeu_si512(to, _mm512_permutex2var_epi64((Bits)word[0], first, (Bits)word[1]));
   _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64((Bits)word[0], second, (Bits)word[1]));
 }
@@ -388,10 +389,10 @@ ADAMFUSED_INLINE void store_block(const float* from, int n, const Scaling& scali
   const float inverse = Format::inverse(scaling.power);
   if (scaling.finite)
     encode_block<Format>(from, n, words, rest,
-                        [inverse](Word b, Word word) { return Format::encode_finite(b, inverse, word); });
+                         [inverse](Word b, Word word) { return Format::encode_finite(b, inverse, word); });
   else
     encode_block<Format>(from, n, words, rest,
-                        [inverse](Word b, Word word) { return Format::encode(b, inverse, word); });
+                         [inverse](Word b, Word word) { return Format::encode(b, inverse, word); });
   *scale = Format::scale(scaling.power);
 }
 
