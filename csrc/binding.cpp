@@ -96,8 +96,8 @@ struct Some {
 // each thing is found by way of the one before. So some parameters are looked at side by side: each pass over them asks
 // for the memory that the next one reads.
 //
-// While nothing else can run, what is found need not be held, which would cost as much as to find it. Before anything
-// can, be it Python code or another thread, `hold` must be called.
+// While no Python code but the step's own can run, what is found need not be held, which would cost as much as to find
+// it. Before any can, here or in another thread, `hold` must be called: before Python's objects are compared or made.
 class Gatherer {
  public:
   static constexpr size_t kAtOnce = 16;
@@ -114,7 +114,7 @@ class Gatherer {
 
   void hold() {
     for (; held_ < borrowed_.size(); ++held_) Py_INCREF(borrowed_[held_]);
-    for (; held_grads_.size() < grads_.size();)
+    while (held_grads_.size() < grads_.size())
       held_grads_.push_back(at::Tensor(Held::reclaim_copy(grads_[held_grads_.size()])));
   }
 
@@ -233,16 +233,18 @@ class Gatherer {
   void find_beside(const Row& row, Found& here) {
     Py_ssize_t expected = Py_ssize_t(1 + row.states + !row.master.is_none() + !row.carried.is_none());
     if (entries_of(here.state) == expected) return;
-    hold();
     for (size_t k = 0; k < row.states; ++k) {
       const at::Tensor* state = here.parts[kState + k];
       if (state == nullptr || !is_code(state->scalar_type())) continue;
+      hold();
       PyObject* scale = checked(PyDict_GetItemWithError(here.state, PyTuple_GET_ITEM(row.scales.ptr(), Py_ssize_t(k))));
       here.parts[kScale + k] = tensor_of(scale == nullptr ? nullptr : borrow(scale));
       ++expected;
     }
-    if (entries_of(here.state) > expected && row.master.is_none())
+    if (entries_of(here.state) > expected && row.master.is_none()) {
+      hold();
       here.usual = PyDict_GetItemString(here.state, "master") == nullptr;
+    }
   }
 
   static Py_ssize_t entries_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_used; }
@@ -254,13 +256,13 @@ class Gatherer {
     PyObject *key = nullptr, *value = nullptr;
     if (in_order_ && PyDict_Next(state_.ptr(), &next_, &key, &value) && key == param) return value;
     in_order_ = false;
+    hold();
 #if PY_VERSION_HEX < 0x030d0000
     // A tensor's hash is its address, told by a Python function: to know it saves a tenth of a microsecond a tensor.
     // Where a subclass has another hash, this finds nothing and the usual way is taken.
     PyObject* known = checked(_PyDict_GetItem_KnownHash(state_.ptr(), param, reinterpret_cast<Py_hash_t>(param)));
     if (known != nullptr) return known;
 #endif
-    hold();
     return checked(PyDict_GetItemWithError(state_.ptr(), param));
   }
   PyObject* borrow(PyObject* object) {
@@ -296,12 +298,15 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
   const OneThreadIfForked here;
   py::list left;
   std::vector<Group> all(groups.size());
+  std::vector<Row> rows;  // all of them first, because Python's objects are made for it
+  rows.reserve(groups.size());
+  for (size_t j = 0; j < groups.size(); ++j) rows.emplace_back(groups[j].cast<py::tuple>(), all[j]);
   std::deque<std::vector<c10::optional<at::Tensor>>> judged;  // what judge gave
   Gatherer gatherer(state, init);
   Step work({factor, found_inf});
   for (size_t j = 0; j < groups.size(); ++j) {
-    Group& group = all[j];
-    const Row row(groups[j].cast<py::tuple>(), group);
+    const Group& group = all[j];
+    const Row& row = rows[j];
     const size_t states = row.keys.size();
     const bool copied = row.copies.size() != 0, mastered = !row.master.is_none();
     const bool plain = !copied && !mastered && row.carried.is_none();

@@ -295,8 +295,8 @@ class Step {
     return true;
   }
 
-  // Whether to move everything takes less than to let go of the interpreter may: another thread may keep it for
-  // milliseconds. Then no other thread works, no Python code runs.
+  // Whether to move everything takes less than to let go of the interpreter may, which another thread may then keep for
+  // milliseconds. If so, this thread does it alone and runs no Python code.
   bool is_brief() const { return work_ <= kBrief; }
 
   // Moves everything. Touches no Python object, so the caller may have let go of the interpreter.
@@ -320,8 +320,8 @@ class Step {
     if (!t->is_inference()) bumped_.push_back(t);
   }
 
-  // What the last parameter was that is as most are. The next one mostly is the same, and then few questions are left,
-  // because torch keeps all that is special about a tensor in its keys.
+  // What is known of a parameter. The next one is mostly of the same kind, and then few questions are left, because
+  // torch keeps all that is special about a tensor in its keys.
   struct Usual {
     const Group* group = nullptr;
     c10::DispatchKeySet keys, count_keys;
@@ -383,7 +383,7 @@ class Step {
       }
       const size_t bytes = size_t(numel) * itemsize;
       fits = fits && t->is_contiguous() && find_memory(t, k != kGrad, itemsize, bytes, extent[k].begin);
-      extent[k].end = extent[k].begin + bytes;
+      if (fits) extent[k].end = extent[k].begin + bytes;
     });
     if (!fits) return false;
     bool apart = true;
@@ -395,7 +395,7 @@ class Step {
     Count counted{const_cast<char*>(counts), counter->dtype().toScalarType(), 0, 0};
     if (!counted.advance()) return false;
     counted_.push_back(counted);
-    work_ += usual_.device.is_cpu() ? numel + kPerTile : kBrief + 1;
+    work_ += usual_.device.is_cpu() ? numel + kPerTile * tiles_of(numel) : kBrief + 1;
     will_bump(counter);
     for_each<0, count>([&](auto slot) {
       if constexpr (slot.value != kGrad) bumped_.push_back(parts[slot.value]->unsafeGetTensorImpl());
@@ -571,12 +571,14 @@ class Step {
     bucket.device.is_cpu() ? run_on_cpu(bucket, spans) : run_on_device(bucket, spans);
   }
 
+  static int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
+
   static void run_on_cpu(const Bucket& bucket, const std::vector<Span>& spans) {
     std::vector<int64_t> first_tile(spans.size() + 1, 0);
     int64_t numbers = 0;
     for (size_t s = 0; s < spans.size(); ++s) {
       numbers += spans[s].numel;
-      first_tile[s + 1] = first_tile[s] + (spans[s].numel + kTile - 1) / kTile;
+      first_tile[s + 1] = first_tile[s] + tiles_of(spans[s].numel);
     }
     Job job = bucket.job(spans);
     job.first_tile = first_tile.data();

@@ -82,7 +82,7 @@ inline bool find_memory(const at::TensorImpl* impl, bool written, size_t itemsiz
   return true;
 }
 
-// The same of all that was looked at so far.
+// Finds the memory of a tensor of which `seen` tells the numbers and whether they are contiguous.
 inline bool reach(at::TensorImpl* impl, bool written, Seen& seen) {
   seen.impl = impl;
   seen.extent = {nullptr, nullptr};

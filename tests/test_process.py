@@ -297,6 +297,27 @@ def test_python_that_runs_within_a_step_may_take_away_what_it_found(where, size)
         assert_same_bits(p.detach(), q.detach())
 
 
+def test_a_scale_may_be_taken_away_while_the_next_one_is_found() -> None:
+    optimizer, twin = (build([2**13] * 3, state_dtype="int8") for _ in range(2))
+    params = optimizer.param_groups[0]["params"]
+    optimizer.step(), twin.step()
+    state = optimizer.state[params[1]]
+    junk: list[Tensor] = []
+
+    def take_away() -> None:
+        scale = state["exp_avg_scale"]
+        state["exp_avg_scale"] = scale.clone()
+        junk.extend(torch.full_like(scale, torch.nan) for _ in range(100))
+
+    odd = Odd("exp_avg_sq_scale")
+    odd.act = take_away
+    state[odd] = state.pop("exp_avg_sq_scale")
+    optimizer.step(), twin.step()
+    assert junk
+    for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
+        assert_same_bits(p.detach(), q.detach())
+
+
 # ---- the environment of a process ----------------------------------------------------------------
 
 

@@ -174,7 +174,7 @@ ADAMFUSED_INLINE void store_split16(const Word* word, uint16_t* upper, int16_t* 
   store_short(lowers(b[0], b[1]), lower);
 }
 
-// Codes of finite numbers. Their fields are multiples of a word's upper half.
+// Codes of finite numbers. All that they tell is in the upper half of a word.
 template <class Format>
 ADAMFUSED_INLINE void load_codes(const typename Format::Rest* rest, float scale, Float* x) {
   static_assert(Format::kShift >= 16 && Format::kBase % (1u << Format::kShift) == 0, "");
