@@ -122,9 +122,7 @@ class Gatherer {
   void keep() { fresh_.clear(); }
 
   // That so many parameters will be looked at.
-  void expect(size_t params) {
-    borrowed_.reserve(borrowed_.size() + params * (kSlots + 2)), grads_.reserve(grads_.size() + params);
-  }
+  void expect(size_t params) { borrowed_.reserve(params * (kSlots + 2)), grads_.reserve(params); }
 
   // Looks at the j-th group's parameters, kAtOnce from `begin` on.
   Some gather(size_t j, const Row& row, size_t begin) {
@@ -300,21 +298,21 @@ py::list step(const py::dict& state, const py::list& groups, const py::function&
   std::vector<Group> all(groups.size());
   std::vector<Row> rows;  // all of them first, because Python's objects are made for it
   rows.reserve(groups.size());
-  for (size_t j = 0; j < groups.size(); ++j) rows.emplace_back(groups[j].cast<py::tuple>(), all[j]);
+  size_t params = 0;
+  for (size_t j = 0; j < groups.size(); ++j)
+    params += rows.emplace_back(groups[j].cast<py::tuple>(), all[j]).params.size();
   std::deque<std::vector<c10::optional<at::Tensor>>> judged;  // what judge gave
   Gatherer gatherer(state, init);
   Step work({factor, found_inf});
+  work.expect(params), gatherer.expect(params);
   for (size_t j = 0; j < groups.size(); ++j) {
     const Group& group = all[j];
     const Row& row = rows[j];
-    const size_t states = row.keys.size();
+    const size_t states = row.states;
     const bool copied = row.copies.size() != 0, mastered = !row.master.is_none();
     const bool plain = !copied && !mastered && row.carried.is_none();
     // Python code may run where a decay is asked for, and where torch reads a number from a tensor.
     const bool quiet = plain && !group.ema_decay_at && !group.lr_tensor && !factor && !found_inf;
-
-    work.expect(row.params.size());
-    gatherer.expect(row.params.size());
     for (size_t begin = 0; begin < row.params.size(); begin += Gatherer::kAtOnce) {
       const Some all_found = gatherer.gather(j, row, begin);
       if (!quiet) gatherer.hold();

@@ -4,19 +4,16 @@
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <fenv.h>
-#include <omp.h>
 
 #include <array>
-#include <atomic>
-#include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <string>
 
-#include "cpu/isa.h"
 #include "cuda/step.h"
+#include "host.h"
+#include "rule_facts.h"
 #include "tensors.h"
 
 namespace adamfused {
@@ -33,92 +30,6 @@ constexpr bool kWithCuda = true;
 #else
 constexpr bool kWithCuda = false;
 #endif
-
-struct RuleFacts {
-  const char* name;
-  int states;
-  uint32_t never_negative;
-  size_t hyper_count;
-  size_t size[2];                                                       // of Rule<float>, Rule<double>
-  void (*prepare[2])(const double* hyper, const Now& now, void* rule);  // likewise
-  bool carries;
-  double (*carry)(const double* hyper, double t, double before);
-};
-
-template <class Hyper>
-Hyper hyper_of(const double* numbers) {
-  Hyper hyper;
-  std::memcpy(&hyper, numbers, sizeof hyper);
-  return hyper;
-}
-
-template <class Rule>
-void prepare(const double* numbers, const Now& now, void* rule) {
-  Rule made = Rule::prepare(hyper_of<typename Rule::Hyper>(numbers), now);
-  std::memcpy(rule, &made, sizeof made);
-}
-
-template <class Hyper>
-double carry(const double* numbers, double t, double before) {
-  return Carried<Hyper>::after(hyper_of<Hyper>(numbers), t, before);
-}
-
-template <class OfFloat, class OfDouble>
-constexpr RuleFacts facts_of(const char* name) {
-  return {name,
-          OfFloat::states,
-          OfFloat::never_negative,
-          sizeof(typename OfFloat::Hyper) / sizeof(double),
-          {sizeof(OfFloat), sizeof(OfDouble)},
-          {prepare<OfFloat>, prepare<OfDouble>},
-          Carried<typename OfFloat::Hyper>::any,
-          carry<typename OfFloat::Hyper>};
-}
-
-#define ADAMFUSED_ROW(R, name) \
-  {facts_of<R<float>, R<double>>(name), facts_of<Averaged<R, float>, Averaged<R, double>>(name)},
-const RuleFacts kRuleFacts[kRules][2] = {ADAMFUSED_RULES(ADAMFUSED_ROW)};  // [rule][averaged]
-#undef ADAMFUSED_ROW
-
-std::atomic<const Isa*> isa_in_use{nullptr};
-
-const Isa& isa() {
-  const Isa* now = isa_in_use.load();
-  for (int i = kIsas - 1; now == nullptr; --i)
-    if (kIsaTable[i].runs_here()) isa_in_use.store(now = &kIsaTable[i]);
-  return *now;
-}
-
-// Whether subnormals are flushed and how is rounded are settings of each thread, and torch.set_flush_denormal or a
-// library may have changed them for some. While this lives, they are IEEE 754's.
-class DefaultArithmetic {
- public:
-  DefaultArithmetic() {
-    fegetenv(&before_);
-    fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultArithmetic() { fesetenv(&before_); }
-
- private:
-  fenv_t before_;
-};
-
-// OpenMP's threads do not survive a fork, and its next parallel region would wait for them for ever.
-std::atomic<bool> forked{false};
-
-// In a forked child, also torch's operations use one thread while this lives: those that make states and copies.
-class OneThreadIfForked {
- public:
-  OneThreadIfForked() : before_(forked.load() ? omp_get_max_threads() : 0) {
-    if (before_ > 1) omp_set_num_threads(1);
-  }
-  ~OneThreadIfForked() {
-    if (before_ > 1) omp_set_num_threads(before_);
-  }
-
- private:
-  const int before_;
-};
 
 struct Group {
   int rule;
@@ -157,8 +68,8 @@ class Step {
   // That so many parameters will be added.
   void expect(size_t params) {
     expected_ = params;
-    counted_.reserve(counted_.size() + params);
-    bumped_.reserve(bumped_.size() + params * kSlots);
+    counted_.reserve(params);
+    bumped_.reserve(params * kSlots);
   }
 
   // Notes a parameter that has nothing beside its states if it is as most are; else `add` must be asked.

@@ -248,7 +248,7 @@ def test_control_a_call_that_holds_the_interpreter_is_noticed() -> None:
 
 
 class Odd(str):
-    """A key that is "step" to a dict, and runs some code when it is asked."""
+    """A key that a dict takes for a string, and that runs some code when it is compared."""
 
     act: Callable[[], None]
     __hash__ = str.__hash__

@@ -101,10 +101,8 @@ def test_split_weights_train_as_float32_ones_bit_for_bit() -> None:
             assert_same_bits(p.detach(), q.detach())
             assert_same_bits(weight, expected.detach())
     model = train_bfloat16(ByHand, 20)[0]
-    for kind in (
-        "split8",
-        None,
-    ):  # the comparison can fail; that of so few losses, in 8 bits, need not
+    # The comparison can fail. That of so few losses, in 8 bits, need not.
+    for kind in ("split8", None):
         other = train_bfloat16(partial(AdamW, master_weights=kind), 20)[0]
         pairs = zip(other.parameters(), model.parameters(), strict=True)
         assert not all(torch.equal(p, q) for p, q in pairs)

@@ -28,12 +28,14 @@ void store(Vector<T> x, T* to) {
   __builtin_memcpy(to, &x, sizeof x);
 }
 
-// One line (64 bytes) of every part: all is read before anything is written. Large tensors begin at the same place
+constexpr int kCacheLine = 64;  // bytes
+
+// A cache line of every part: all is read before anything is written. Large tensors begin at the same place
 // of a page, and some first-level caches cannot hold such lines side by side (AMD's tell ways apart by a few bits of
 // the address); going back and forth between halves of lines would fetch each one twice.
 template <class T, class Rule, class Copy>
 inline void move_line(const Rule& rule, const Parts<T, Rule>& at, int64_t i, const Copy& copy) {
-  constexpr int vectors = 64 / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
+  constexpr int vectors = kCacheLine / ADAMFUSED_VECTOR, lanes = ADAMFUSED_VECTOR / sizeof(T);
   Vector<T> p[vectors], g[vectors], s[kRoom<Rule>][vectors];
   for (int j = 0; j < vectors; ++j) g[j] = load(at.g + i + j * lanes);
   for (int j = 0; j < vectors; ++j) p[j] = load(at.p + i + j * lanes);
@@ -61,11 +63,11 @@ struct CopyOut {
   bool past_caches;
 
   void line(const Float* p, int64_t i) const {
-    constexpr int vectors = 64 / ADAMFUSED_VECTOR;
+    constexpr int vectors = kCacheLine / ADAMFUSED_VECTOR;
     Word word[vectors];
     for (int j = 0; j < vectors; ++j) word[j] = Format::narrow(bits_of(p[j]));
     if (!past_caches) return store_in_order(word, to + i);
-    alignas(64) typename Format::Rest line[16];
+    alignas(64) typename Format::Rest line[kCacheLine / sizeof(float)];
     store_in_order(word, line);
     stream(to + i, line, sizeof line);
   }
@@ -78,7 +80,7 @@ constexpr bool kAsksForPlain = ADAMFUSED_VECTOR < 64;
 
 template <class T, class Rule, class Copy = NoCopy>
 void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n, const Copy copy = {}) {
-  constexpr int line = 64 / sizeof(T);
+  constexpr int line = kCacheLine / sizeof(T);
   int64_t i = 0;
   for (; i + line <= n; i += line) {
     if constexpr (kAsksForPlain) {
@@ -110,6 +112,10 @@ template <int parts>
 struct Places {
   Place part[parts];
 };
+
+// Moves the numbers from `begin` to `end`, and gives where it stopped.
+template <class Rule>
+using MoveAs = int64_t (*)(Rule, const Places<kState + Rule::states>, int64_t begin, int64_t end);
 
 #ifdef ADAMFUSED_PAIRS  // what runs anywhere need not be fast
 
@@ -235,12 +241,8 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
   return end;
 }
 
-// The one for a span's formats, or null.
-template <class Rule>
-using MoveAs = int64_t (*)(Rule, const Places<kState + Rule::states>, int64_t begin, int64_t end);
-
-// Only the usual ones are made, because each takes its time to compile: the others go by way of buffers. `rare`: also
-// for a rule that is not usual.
+// The one for a span's formats, or null. Only the usual ones are made, because each takes its time to compile: the
+// others go by way of buffers. `rare`: also for a rule that is not usual.
 template <class P, class G, bool rare, bool bytes_too, class Rule>
 MoveAs<Rule> with_states(const FormatId* state, bool usual) {
   bool floats = true, bf16 = true, codes = true;
@@ -324,7 +326,7 @@ void run(const Job& job, int64_t begin, int64_t end) {
       void* const beside = i == kParam ? span.data[kMaster] : i == kGrad ? nullptr : span.data[kScale + i - kState];
       place[i] = {span.data[i], beside, span.key, span.t, span.first, i};
     }
-    int64_t (*move_as)(Rule, const Places<parts>, int64_t, int64_t) = nullptr;
+    MoveAs<Rule> move_as = nullptr;
 #ifdef ADAMFUSED_PAIRS
     if constexpr (same<T, float>)
       if (!span.data[kCopy]) move_as = way_to_move<Rule>(span, rule.is_usual());
