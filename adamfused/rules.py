@@ -285,35 +285,47 @@ class Lion:
         return p, m
 
 
-class Adam:
-    """Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
-    Algorithm 2. One rule: Adam has ``decay = 0``, AdamW has ``l2 = 0``. Decay and update are added and rounded
-    together."""
+class Moments:
+    """What Adam and its kin share: averages of the gradient and of its square, and that decay and update are added and
+    rounded together. Decay is coupled (``l2``, Adam) or decoupled (``decay``, AdamW: Loshchilov & Hutter 2019,
+    arXiv:1711.05101, Algorithm 2)."""
 
     states: ClassVar[int] = 2
 
     def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
-        beta1, beta2, eps, weight_decay, decoupled, maximize, bias_correction = hyper
-        c1 = 1.0 - power(beta1, int(now.t)) if bias_correction else 1.0
-        c2 = 1.0 - power(beta2, int(now.t)) if bias_correction else 1.0
+        beta1, beta2, eps, weight_decay, decoupled, maximize = hyper
         self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
         self.factor = gradient_factor(now, maximize, r)
         self.l2 = r(0.0 if decoupled else weight_decay)
         self.decay = r(now.lr * weight_decay if decoupled else 0.0)
-        self.step_size = r(divide(now.lr, c1))
-        self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
         self.eps = r(eps)
 
-    def moved(self, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        move = self.step_size * (m / (root(v) * self.inv_root_c2 + self.eps))
+    def gathered(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient as the rule sees it, and both averages with it."""
+        g = directed(p, g, self.factor, self.l2)
+        return g, average(m, g, self.w1), average(v, g * g, self.w2)
+
+    def moved(self, p: Tensor, move: Tensor) -> Tensor:
         return p - (self.decay * p + move if self.decay != 0 else move)
 
+
+class Adam(Moments):
+    """Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1."""
+
+    def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
+        *shared, bias_correction = hyper
+        super().__init__(shared, now, r)
+        c1 = 1.0 - power(hyper[0], int(now.t)) if bias_correction else 1.0
+        c2 = 1.0 - power(hyper[1], int(now.t)) if bias_correction else 1.0
+        self.step_size = r(divide(now.lr, c1))
+        self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
+
+    def update(self, m: Tensor, v: Tensor) -> Tensor:
+        return self.step_size * (m / (root(v) * self.inv_root_c2 + self.eps))
+
     def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.factor, self.l2)
-        m = average(m, g, self.w1)
-        v = average(v, g * g, self.w2)
-        p = self.moved(p, m, v)
-        return p, m, v
+        g, m, v = self.gathered(p, g, m, v)
+        return self.moved(p, self.update(m, v)), m, v
 
 
 class AmsGrad(Adam):
@@ -324,39 +336,27 @@ class AmsGrad(Adam):
     def __call__(  # type: ignore[override]
         self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor
     ) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.factor, self.l2)
-        m = average(m, g, self.w1)
-        v = average(v, g * g, self.w2)
+        g, m, v = self.gathered(p, g, m, v)
         top = larger(top, v)
-        p = self.moved(p, m, top)
-        return p, m, v, top
+        return self.moved(p, self.update(m, top)), m, v, top
 
 
-class NAdam:
+class NAdam(Moments):
     """NAdam: Dozat 2016 (ICLR workshop), Algorithm 2, with the decay of the momentum that torch.optim has."""
 
-    states: ClassVar[int] = 2
-
     def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
-        beta1, beta2, eps, weight_decay, decoupled, maximize, q = hyper
-        mu, mu_next = nadam_mu(beta1, q, now.t), nadam_mu(beta1, q, now.t + 1.0)
-        c2 = 1.0 - power(beta2, int(now.t))
-        self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
-        self.factor = gradient_factor(now, maximize, r)
-        self.l2 = r(0.0 if decoupled else weight_decay)
-        self.decay = r(now.lr * weight_decay if decoupled else 0.0)
+        *shared, q = hyper
+        super().__init__(shared, now, r)
+        mu, mu_next = nadam_mu(hyper[0], q, now.t), nadam_mu(hyper[0], q, now.t + 1.0)
+        c2 = 1.0 - power(hyper[1], int(now.t))
         self.of_g = r(divide(now.lr * (1.0 - mu), 1.0 - now.carried))
         self.of_m = r(divide(now.lr * mu_next, 1.0 - now.carried * mu_next))
         self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
-        self.eps = r(eps)
 
     def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.factor, self.l2)
-        m = average(m, g, self.w1)
-        v = average(v, g * g, self.w2)
+        g, m, v = self.gathered(p, g, m, v)
         move = (self.of_g * g + self.of_m * m) / (root(v) * self.inv_root_c2 + self.eps)
-        p = p - (self.decay * p + move if self.decay != 0 else move)
-        return p, m, v
+        return self.moved(p, move), m, v
 
 
 def nadam_mu(beta1: float, q: float, t: float) -> float:
@@ -369,38 +369,28 @@ def nadam_product(hyper: Sequence[float], t: float, before: float) -> float:
     return before * nadam_mu(hyper[0], hyper[6], t)
 
 
-class RAdam:
+class RAdam(Moments):
     """RAdam: Liu et al. 2020 (arXiv:1908.03265), Algorithm 2, with epsilon beside the uncorrected root as in
     torch.optim."""
 
-    states: ClassVar[int] = 2
-
     def __init__(self, hyper: Sequence[float], now: Now, r: Round) -> None:
-        beta1, beta2, eps, weight_decay, decoupled, maximize = hyper
-        power2 = power(beta2, int(now.t))
+        super().__init__(hyper, now, r)
+        power2 = power(hyper[1], int(now.t))
         c2 = 1.0 - power2
-        most = divide(2.0, 1.0 - beta2) - 1.0
+        most = divide(2.0, 1.0 - hyper[1]) - 1.0
         length = most - divide(2.0 * now.t * power2, c2)
         self.rectified = length > 5.0  # there are steps enough to tell the variance
-        size = divide(now.lr, 1.0 - power(beta1, int(now.t)))
+        size = divide(now.lr, 1.0 - power(hyper[0], int(now.t)))
         if self.rectified:
             above = (length - 4.0) * (length - 2.0) * most
             below = (most - 4.0) * (most - 2.0) * length
             size = size * math.sqrt(divide(above, below)) * math.sqrt(c2)
-        self.w1, self.w2 = weight(beta1, r), weight(beta2, r)
-        self.factor = gradient_factor(now, maximize, r)
-        self.l2 = r(0.0 if decoupled else weight_decay)
-        self.decay = r(now.lr * weight_decay if decoupled else 0.0)
         self.step_size = r(size)
-        self.eps = r(eps)
 
     def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g = directed(p, g, self.factor, self.l2)
-        m = average(m, g, self.w1)
-        v = average(v, g * g, self.w2)
+        g, m, v = self.gathered(p, g, m, v)
         move = self.step_size * (m / (root(v) + self.eps) if self.rectified else m)
-        p = p - (self.decay * p + move if self.decay != 0 else move)
-        return p, m, v
+        return self.moved(p, move), m, v
 
 
 class Averaged:

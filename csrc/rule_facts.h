@@ -21,13 +21,6 @@ struct RuleFacts {
   double (*carry)(const double* hyper, double t, double before);
 };
 
-template <class Hyper>
-Hyper hyper_of(const double* numbers) {
-  Hyper hyper;
-  std::memcpy(&hyper, numbers, sizeof hyper);
-  return hyper;
-}
-
 template <class Rule>
 void prepare(const double* numbers, const Now& now, void* rule) {
   Rule made = Rule::prepare(hyper_of<typename Rule::Hyper>(numbers), now);

@@ -43,6 +43,14 @@ struct Now {
   double carried = 1.0;
 };
 
+// A rule's own numbers, from the row of them that a job has.
+template <class Hyper>
+ADAMFUSED_HD Hyper hyper_of(const double* numbers) {
+  Hyper hyper;
+  __builtin_memcpy(&hyper, numbers, sizeof hyper);
+  return hyper;
+}
+
 // Some rules carry a number from step to step that is the same for all elements and cannot be told from the count. It
 // begins with 1 and lies beside the count; after(hyper, t, before) is what it is in step t.
 template <class Hyper>
@@ -325,48 +333,68 @@ struct Lion {
   }
 };
 
-// Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1. AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101),
-// Algorithm 2. One rule: Adam has decay = 0, AdamW has l2 = 0. Decay and update are added and rounded together.
-struct AdamHyper {
-  double beta1, beta2, eps, weight_decay, decoupled, maximize, bias_correction;
-};
-
+// What Adam and its kin share: averages of the gradient and of its square, and that decay and update are added and
+// rounded together. Decay is coupled (l2, Adam) or decoupled (decay, AdamW: Loshchilov & Hutter 2019,
+// arXiv:1711.05101, Algorithm 2).
 template <class T>
-struct Adam {
-  using Hyper = AdamHyper;
+struct Moments {
   static constexpr int states = 2;
   static constexpr uint32_t never_negative = 2;
   static constexpr bool averages = false;
   Weight<T> w1, w2;
-  T factor, l2, decay, step_size, inv_root_c2, eps;
+  T factor, l2, decay, eps;
 
-  ADAMFUSED_HD static Adam prepare(const Hyper& h, const Now& now) {
-    bool corrected = h.bias_correction != 0;
-    double c1 = corrected ? 1.0 - power(h.beta1, int64_t(now.t)) : 1.0;
-    double c2 = corrected ? 1.0 - power(h.beta2, int64_t(now.t)) : 1.0;
-    bool decoupled = h.decoupled != 0;
+  template <class Hyper>
+  ADAMFUSED_HD static Moments prepare(const Hyper& h, const Now& now) {
+    const bool decoupled = h.decoupled != 0;
     return {weight<T>(h.beta1),
             weight<T>(h.beta2),
             gradient_factor<T>(now, h.maximize),
             T(decoupled ? 0.0 : h.weight_decay),
             T(decoupled ? now.lr * h.weight_decay : 0.0),
-            T(now.lr / c1),
-            T(1.0 / root(c2)),
             T(h.eps)};
   }
   ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
   ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
+
+  // The gradient goes into both, and is returned as the rule sees it.
   template <class N>
-  ADAMFUSED_HD N moved(N p, N m, N v) const {
-    N move = step_size * (m / (root(v) * inv_root_c2 + eps));
-    return p - (decay != T(0) ? decay * p + move : move);
-  }
-  template <class N>
-  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
+  ADAMFUSED_HD N gathered(N p, N g, N& m, N& v) const {
     g = directed(p, g, factor, l2);
     m = average(m, g, w1);
     v = average(v, g * g, w2);
-    p = moved(p, m, v);
+    return g;
+  }
+  template <class N>
+  ADAMFUSED_HD N moved(N p, N move) const {
+    return p - (decay != T(0) ? decay * p + move : move);
+  }
+};
+
+// Adam: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1.
+struct AdamHyper {
+  double beta1, beta2, eps, weight_decay, decoupled, maximize, bias_correction;
+};
+
+template <class T>
+struct Adam : Moments<T> {
+  using Hyper = AdamHyper;
+  T step_size, inv_root_c2;
+
+  ADAMFUSED_HD static Adam prepare(const Hyper& h, const Now& now) {
+    const bool corrected = h.bias_correction != 0;
+    const double c1 = corrected ? 1.0 - power(h.beta1, int64_t(now.t)) : 1.0;
+    const double c2 = corrected ? 1.0 - power(h.beta2, int64_t(now.t)) : 1.0;
+    return {Moments<T>::prepare(h, now), T(now.lr / c1), T(1.0 / root(c2))};
+  }
+  template <class N>
+  ADAMFUSED_HD N update(N m, N v) const {
+    return step_size * (m / (root(v) * inv_root_c2 + this->eps));
+  }
+  template <class N>
+  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
+    this->gathered(p, g, m, v);
+    p = this->moved(p, update(m, v));
   }
 };
 
@@ -379,11 +407,9 @@ struct AmsGrad : Adam<T> {
   ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, const Now& now) { return {Adam<T>::prepare(h, now)}; }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v, N& top) const {
-    g = directed(p, g, this->factor, this->l2);
-    m = average(m, g, this->w1);
-    v = average(v, g * g, this->w2);
+    this->gathered(p, g, m, v);
     top = larger(top, v);
-    p = this->moved(p, m, top);
+    p = this->moved(p, this->update(m, top));
   }
 };
 
@@ -403,36 +429,19 @@ struct Carried<NAdamHyper> {
 };
 
 template <class T>
-struct NAdam {
+struct NAdam : Moments<T> {
   using Hyper = NAdamHyper;
-  static constexpr int states = 2;
-  static constexpr uint32_t never_negative = 2;
-  static constexpr bool averages = false;
-  Weight<T> w1, w2;
-  T factor, l2, decay, of_g, of_m, inv_root_c2, eps;
+  T of_g, of_m, inv_root_c2;
 
   ADAMFUSED_HD static NAdam prepare(const Hyper& h, const Now& now) {
     const double mu = h.mu(now.t), next = h.mu(now.t + 1.0);
-    const bool decoupled = h.decoupled != 0;
-    return {weight<T>(h.beta1),
-            weight<T>(h.beta2),
-            gradient_factor<T>(now, h.maximize),
-            T(decoupled ? 0.0 : h.weight_decay),
-            T(decoupled ? now.lr * h.weight_decay : 0.0),
-            T(now.lr * (1.0 - mu) / (1.0 - now.carried)),
-            T(now.lr * next / (1.0 - now.carried * next)),
-            T(1.0 / root(1.0 - power(h.beta2, int64_t(now.t)))),
-            T(h.eps)};
+    return {Moments<T>::prepare(h, now), T(now.lr * (1.0 - mu) / (1.0 - now.carried)),
+            T(now.lr * next / (1.0 - now.carried * next)), T(1.0 / root(1.0 - power(h.beta2, int64_t(now.t))))};
   }
-  ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
-  ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
-    g = directed(p, g, factor, l2);
-    m = average(m, g, w1);
-    v = average(v, g * g, w2);
-    N move = (of_g * g + of_m * m) / (root(v) * inv_root_c2 + eps);
-    p = p - (decay != T(0) ? decay * p + move : move);
+    g = this->gathered(p, g, m, v);
+    p = this->moved(p, (of_g * g + of_m * m) / (root(v) * inv_root_c2 + this->eps));
   }
 };
 
@@ -442,13 +451,9 @@ struct RAdamHyper {
 };
 
 template <class T>
-struct RAdam {
+struct RAdam : Moments<T> {
   using Hyper = RAdamHyper;
-  static constexpr int states = 2;
-  static constexpr uint32_t never_negative = 2;
-  static constexpr bool averages = false;
-  Weight<T> w1, w2;
-  T factor, l2, decay, step_size, eps;
+  T step_size;
   bool rectified;  // there are steps enough to tell the variance
 
   ADAMFUSED_HD static RAdam prepare(const Hyper& h, const Now& now) {
@@ -458,25 +463,12 @@ struct RAdam {
     double size = now.lr / (1.0 - power(h.beta1, int64_t(now.t)));
     if (rectified)
       size = size * root((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length)) * root(c2);
-    const bool decoupled = h.decoupled != 0;
-    return {weight<T>(h.beta1),
-            weight<T>(h.beta2),
-            gradient_factor<T>(now, h.maximize),
-            T(decoupled ? 0.0 : h.weight_decay),
-            T(decoupled ? now.lr * h.weight_decay : 0.0),
-            T(size),
-            T(h.eps),
-            rectified};
+    return {Moments<T>::prepare(h, now), T(size), rectified};
   }
-  ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
-  ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
-    g = directed(p, g, factor, l2);
-    m = average(m, g, w1);
-    v = average(v, g * g, w2);
-    N move = step_size * (rectified ? m / (root(v) + eps) : m);
-    p = p - (decay != T(0) ? decay * p + move : move);
+    this->gathered(p, g, m, v);
+    p = this->moved(p, step_size * (rectified ? m / (root(v) + this->eps) : m));
   }
 };
 

@@ -77,13 +77,6 @@ struct Elements {
   }
 };
 
-template <class Hyper>
-__device__ Hyper hyper_of(const Recipe& recipe) {
-  Hyper hyper;
-  __builtin_memcpy(&hyper, recipe.hyper, sizeof hyper);
-  return hyper;
-}
-
 template <class Rule, class Entry>
 __device__ Rule prepare_on_device(const Recipe& recipe, const Entry& entry, const double* factor) {
   using Hyper = typename Rule::Hyper;
@@ -95,7 +88,8 @@ __device__ Rule prepare_on_device(const Recipe& recipe, const Entry& entry, cons
   double carried = recipe.carried;
   if constexpr (Carried<Hyper>::any)
     if (entry.step != nullptr) carried = double(*entry.carried);
-  return Rule::prepare(hyper_of<Hyper>(recipe), {lr, t, factor != nullptr ? *factor : 1.0, recipe.ema_decay, carried});
+  return Rule::prepare(hyper_of<Hyper>(recipe.hyper),
+                       {lr, t, factor != nullptr ? *factor : 1.0, recipe.ema_decay, carried});
 }
 
 // A gradient that was scaled up overflowed: the step is not made.
@@ -113,7 +107,7 @@ __global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored> j
   *entry.step += 1.0f;
   using With = Carried<typename Rule::Hyper>;
   if constexpr (With::any) {
-    const auto hyper = hyper_of<typename Rule::Hyper>(job.ready[entry.recipe].recipe);
+    const auto hyper = hyper_of<typename Rule::Hyper>(job.ready[entry.recipe].recipe.hyper);
     *entry.carried = float(With::after(hyper, double(*entry.step), double(*entry.carried)));
   }
 }
