@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import CODES, FORMATS, scales_shape
+from .formats import CODES, FORMATS, are_scales, scales_shape
 from .plan import Plan
 from .shards import local
 from .storage import EMA, MASTER, MASTERS, STEP, code_dtype, master_problem, scale_key
@@ -393,8 +393,11 @@ def _saved_problem(param: Tensor, t: Any, part: _Part) -> str | None:
         return problem
     if part.dtype is not None and part.key != MASTER and not here.is_contiguous():
         return f"{what} has strides {here.stride()}; expected a contiguous tensor"
-    if part.shape and not bool(((here >= 0) & (here < torch.inf)).all()):
-        return f"{what} has numbers that are negative or not finite; expected scales; the checkpoint is damaged"
+    if part.shape and not are_scales(here):
+        return (
+            f"{what} has numbers that are no scales; expected powers of two from 2^-90 to 2^127, or 0; the checkpoint "
+            "is damaged"
+        )
     return None
 
 

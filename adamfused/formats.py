@@ -60,6 +60,7 @@ def put(
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd
+_ROOT_2 = 0x6A09E667  # 2^32 times the root of 2, less 1; odd
 
 
 def mix(x):  # of an int, or of a tensor of them
@@ -99,18 +100,18 @@ class Random(NamedTuple):
 
     def words(self, n: int, device: torch.device) -> Tensor:
         """``n`` words, one an element: others each step."""
-        return self._hashed(mix(self.key ^ self.t), self.slot, n, device)
+        key = mix(mix(self.key ^ self.t) ^ (self.slot * _GOLDEN & _WORD))
+        counter = (self._index(n, device) * _GOLDEN + key) & _WORD
+        return ((counter ^ counter >> 15) * 0x2C1B3C6D) & _WORD
 
     def dither(self, n: int, device: torch.device) -> Tensor:
-        """``n`` words, one an element, that each walk through all of their range evenly, step by step: after a few
-        steps, what they rounded up and down evens out better than by chance. Two states share a hash."""
-        words = self._hashed(self.key, self.slot & ~1, n, device)
-        return ((words << 16 if self.slot & 1 else words) + self.t * _GOLDEN) & _WORD
+        """``n`` words, one an element, that each walk through all of their range evenly, from step to step and from
+        element to element: after a few, what they rounded up and down evens out better than by chance. All states of an
+        element have the same."""
+        return (self._index(n, device) * _ROOT_2 + self.t * _GOLDEN + self.key) & _WORD
 
-    def _hashed(self, key: int, slot: int, n: int, device: torch.device) -> Tensor:
-        index = torch.arange(n, dtype=torch.int64, device=device) + self.first
-        counter = ((index & _WORD) * _GOLDEN + mix(key ^ (slot * _GOLDEN & _WORD))) & _WORD
-        return ((counter ^ counter >> 15) * 0x2C1B3C6D) & _WORD
+    def _index(self, n: int, device: torch.device) -> Tensor:
+        return (torch.arange(n, dtype=torch.int64, device=device) + self.first) & _WORD
 
 
 # ---- 16 bits, and what lies beside them ----------------------------------------------------------------------------
@@ -171,7 +172,9 @@ def _joined(rest: Tensor, beside: Tensor) -> Tensor:
         same = _visible(beside, rest.dtype).view(torch.int16) == rest.contiguous().view(torch.int16)
         return torch.where(same, beside, rest.float())
     upper = rest.contiguous().view(torch.int16).to(torch.int64) << 16
-    return _float_of(upper + (beside.to(torch.int64) << (16 - 8 * beside.element_size())))
+    joined = _float_of(upper + (beside.to(torch.int64) << (16 - 8 * beside.element_size())))
+    # A zero or an infinity that was written since may not go with what is below: then it counts alone.
+    return torch.where(joined.isnan(), rest.float(), joined)
 
 
 def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
@@ -191,50 +194,37 @@ def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
 
 
 # ---- 8 bits --------------------------------------------------------------------------------------------------------
-# A number's magnitude, as a part of what the largest of its block is scaled to, plus c, is a float32 whose exponent
-# and first mantissa bits, counted from those of c, are the code. So codes are evenly spaced up to about c and
-# logarithmically above, zero is one of them, and to encode and decode takes additions and shifts. Rounded up and down
-# in turn, because a running average that moves by less than half of a code's step would else stand still.
+# Codes of 8 bits, and beside them a scale for each block, a power of two. A number's magnitude plus c, which is a part
+# of the scale, is a float32 whose exponent and first three bits of mantissa, counted from those of c, are the code. So
+# codes are evenly spaced up to about c and logarithmically above, zero is one of them, and to encode and to decode
+# takes an addition and shifts. Rounded up and down in turn, because a running average that moves by less than half of a
+# code's step would else stand still.
 
 BLOCK = 128
 """Consecutive numbers that have one scale."""
+_SHIFT = 20  # what a code leaves out of a float32: all of the mantissa but three bits
 
 
 class Code(NamedTuple):
     """A code of 8 bits.
 
     Args:
-        c: a power of two.
-        mantissa: bits that a code has of it.
-        top: the largest code of a finite number.
-        special: what stands for a number that is not finite: NaN if signed, else infinity.
+        c: of a scale of 1, a power of two.
+        top: the largest code of a finite number; the next one stands for a number that is not.
     """
 
     c: float
-    mantissa: int
     top: int
-    special: int
 
     @property
-    def shift(self) -> int:
-        return 23 - self.mantissa
-
-    @property
-    def base(self) -> int:
-        """The bits of c."""
-        return int(torch.tensor(self.c, dtype=torch.float32).view(torch.int32))
-
-    @property
-    def largest(self) -> float:
-        """What the largest magnitude of a block is scaled to."""
-        return _rounded(
-            float(_float_of(torch.tensor((self.top << self.shift) + self.base))) - self.c
-        )
+    def special(self) -> int:
+        """What stands for a number that is not finite: for NaN if signed, else for infinity."""
+        return self.top + 1
 
 
 CODES = {
-    torch.int8: Code(c=2.0**-16, mantissa=3, top=127, special=-128),
-    torch.uint8: Code(c=2.0**-32, mantissa=3, top=254, special=255),
+    torch.int8: Code(c=2.0**-15, top=126),  # and the sign in the uppermost bit
+    torch.uint8: Code(c=2.0**-31, top=254),
 }
 
 
@@ -248,12 +238,13 @@ def scales_shape(shape: torch.Size) -> tuple[int, ...]:
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
     code = CODES[codes.dtype]
-    number = codes.reshape(-1).to(torch.int64)
-    y = _float_of((number.abs() << code.shift) + code.base) - code.c
-    x = y * scale.reshape(-1).repeat_interleave(BLOCK)[: y.numel()]
-    x = torch.where(number < 0, -x, x)
+    byte = codes.reshape(-1).to(torch.int64) & 0xFF
+    c = code.c * scale.reshape(-1).repeat_interleave(BLOCK)[: byte.numel()]
+    magnitude = byte & 0x7F if codes.dtype.is_signed else byte
+    sign = torch.where(byte != magnitude, -1.0, 1.0)
+    x = sign * _float_of((magnitude << _SHIFT) + _bits(c)) - sign * c  # of any sign, 0 is +0
     special = torch.nan if codes.dtype.is_signed else torch.inf
-    return torch.where(number == code.special, special, x).view(codes.shape)
+    return torch.where(byte == code.special, special, x).view(codes.shape)
 
 
 def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
@@ -263,28 +254,36 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
     numbers.view(-1)[:n] = x.reshape(-1)
     magnitude = numbers.abs()
     finite = magnitude < torch.inf
-    largest = _power_above(torch.where(finite, magnitude, 0.0).amax(1, keepdim=True))
-    y = magnitude * (code.largest * _float_of(0x7F000000 - _bits(largest)))
+    largest = torch.where(finite, magnitude, 0.0).amax(1, keepdim=True)
+    its_scale = _scale_for(largest, code)
+    c = code.c * its_scale
     words = random.dither(numbers.numel(), x.device).view(numbers.shape)
-    number = (_bits(y + code.c) - code.base + (words >> 32 - code.shift)) >> code.shift
-    number = number.clamp(max=code.top)
+    byte = (_bits(magnitude + c) - _bits(c) + (words >> 32 - _SHIFT)) >> _SHIFT
+    byte = byte.clamp(max=code.top)
     if codes.dtype.is_signed:
-        number = torch.where(numbers < 0, -number, number)
+        byte = _signed(torch.where(numbers.signbit(), byte | 0x80, byte), 8)
     else:
-        number = torch.where(magnitude > 0, number.clamp(min=1), number)  # the root of it divides
-    number = torch.where(finite, number, code.special)
-    codes.copy_(number.view(-1)[:n].view(x.shape))
-    scale.copy_((largest * _rounded(1.0 / code.largest)).view(scale.shape))
+        byte = torch.where(magnitude > 0, byte.clamp(min=1), byte)  # the root of it divides
+    byte = torch.where(finite, byte, code.special)
+    codes.copy_(byte.view(-1)[:n].view(x.shape))
+    scale.copy_(its_scale.view(scale.shape))
 
 
-def _power_above(x: Tensor) -> Tensor:
-    """The power of two that is as large or next above; its inverse is a normal number. So scales seldom change, and
-    with them what numbers that have not changed are rounded to."""
-    return _float_of((_bits(x) + 0x7FFFFF & _INF).clamp(_BITS_OF_LEAST, _BITS_OF_MOST))
+def _scale_for(largest: Tensor, code: Code) -> Tensor:
+    """The power of two that is as large or next below; the next above, if the largest plus c is over 1.75 of it, which
+    is the top code. So scales seldom change, and with them what numbers that have not changed are rounded to."""
+    c = int(code.c * 2**23)  # in units of the last place
+    return _float_of(((_bits(largest) + 0x1FFFFF + c) & _INF).clamp(_LEAST, _MOST))
 
 
-_BITS_OF_LEAST, _BITS_OF_MOST = 0x03800000, 0x7E800000  # 2^-120, 2^126
+_LEAST, _MOST = (
+    0x12800000,
+    0x7F000000,
+)  # 2^-90, 2^127: so c and what the top code means are normal numbers
 
 
-def _rounded(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float32))
+def are_scales(numbers: Tensor) -> bool:
+    """Whether float32 numbers are scales of codes; 0 is that of zeros."""
+    bits = _bits(numbers)
+    right = (bits >= _LEAST) & (bits <= _MOST) & ((bits & ~_INF) == 0)
+    return bool((right | (bits == 0)).all())

@@ -41,12 +41,13 @@ ADAMFUSED_HD uint32_t key_of(uint32_t param, uint32_t t, int slot) {
   return mix(mix(param ^ t) ^ uint32_t(slot) * kGolden);
 }
 
-// Words that each walk through all of their range evenly, step by step: after a few steps, what they rounded up and
-// down evens out better than by chance. Two states share a hash.
-ADAMFUSED_HD uint32_t key_of_dither(uint32_t param, int slot) { return mix(param ^ uint32_t(slot & ~1) * kGolden); }
+// Words that each walk through all of their range evenly, from step to step and from element to element: after a few,
+// what they rounded up and down evens out better than by chance. All states of an element have the same.
+constexpr uint32_t kRoot2 = 0x6a09e667;  // 2^32 times the root of 2, less 1; odd
+ADAMFUSED_HD uint32_t key_of_dither(uint32_t param, uint32_t t) { return param + t * kGolden; }
 template <class W>
-ADAMFUSED_HD W dither(W word, uint32_t t, int slot) {
-  return (slot & 1 ? word << 16 : word) + t * kGolden;
+ADAMFUSED_HD W dither_at(W index, uint32_t key) {
+  return index * kRoot2 + key;
 }
 
 struct Nothing {};
@@ -157,6 +158,13 @@ struct AtRandom : Format {};
 using BF16AtRandom = AtRandom<BF16>;
 using F16AtRandom = AtRandom<F16>;
 
+// A zero or an infinity that was written to the upper half since may not go with what is below: then it counts alone.
+template <class W>
+ADAMFUSED_HD W join_signed(W upper, W below) {
+  const W joined = upper + below;
+  return is_nan(joined) ? upper : joined;
+}
+
 // The upper half of a float, as the model sees it, and beside it the lower half: together all of its bits. To be
 // joined, the upper half is in the upper end of its word.
 struct Split16 {
@@ -164,7 +172,7 @@ struct Split16 {
   using Beside = int16_t;
   template <class W>
   ADAMFUSED_HD static W join(W upper, W lower) {
-    return upper + lower;
+    return join_signed(upper, lower);
   }
   template <class W>
   ADAMFUSED_HD static void part(W b, W& upper, W& lower) {
@@ -180,7 +188,7 @@ struct Split8 {
   using Beside = int8_t;
   template <class W>
   ADAMFUSED_HD static W join(W upper, W lower) {
-    return upper + (lower << 8);
+    return join_signed(upper, lower << 8);
   }
   template <class W>
   ADAMFUSED_HD static void part(W b, W& upper, W& lower) {
@@ -210,77 +218,80 @@ struct Master {
 using MasterBF16 = Master<BF16>;
 using MasterF16 = Master<F16>;
 
-// Codes of 8 bits, and beside them a scale for each block. A number's magnitude, as a part of what the largest of its
-// block is scaled to, plus c, is a float whose exponent and first bits, counted from those of c, are the code. So codes
-// are evenly spaced up to about c and logarithmically above, zero is one of them, and to encode and decode takes
-// additions and shifts. Rounded up and down in turn, because a running average that moves by less than half of a code's
-// step would else stand still.
+// Codes of 8 bits, and beside them a scale for each block, a power of two. A number's magnitude plus c, which is a part
+// of the scale, is a float whose exponent and first three bits of mantissa, counted from those of c, are the code. So
+// codes are evenly spaced up to about c and logarithmically above, zero is one of them, and to encode and to decode
+// takes an addition and shifts. Rounded up and down in turn, because a running average that moves by less than half of
+// a code's step would else stand still.
 constexpr int kBlock = 128;
+constexpr int kShift = 20;                    // what a code leaves out of a float: all of the mantissa but three bits
+constexpr uint32_t kLeastScale = 0x12800000,  // 2^-90 and
+    kMostScale = 0x7f000000;                  // 2^127: so c and what the top code means are normal numbers
 
 template <class Scheme>
 struct Code : Scheme {
+  using Rest = uint8_t;
   using Beside = float;
-  using Scheme::kBase;
   using Scheme::kC;
-  using Scheme::kLargest;
-  using Scheme::kShift;
   using Scheme::kTop;
+  static constexpr uint32_t kSpecial = kTop + 1;
 
   // Of a code that is not special; and of any.
   template <class W>
   ADAMFUSED_HD static W decode_finite(W code, float scale) {
-    const W magnitude = Scheme::kSigned ? magnitude_of(code) : code;
-    const W x = bits_of((float_of((magnitude << kShift) + kBase) - kC) * scale);
-    return Scheme::kSigned ? x | (code & 0x80000000u) : x;
+    const uint32_t c = bits_of(kC * scale);
+    if constexpr (Scheme::kSigned) {
+      const W sign = (code & 0x80u) << 24;
+      return bits_of(float_of((((code & 0x7fu) << kShift) + c) | sign) - float_of(sign | c));
+    } else {
+      return bits_of(float_of((code << kShift) + c) - float_of(c));
+    }
   }
   template <class W>
   ADAMFUSED_HD static W decode(W code, float scale) {
-    return code == Scheme::kSpecial ? Scheme::kSpecialBits : decode_finite(code, scale);
+    return code == kSpecial ? Scheme::kSpecialBits : decode_finite(code, scale);
   }
   // What counts for the scale.
   template <class W>
   ADAMFUSED_HD static W counted(W magnitude) {
     return is_finite(magnitude) ? magnitude : 0u;
   }
-  // The bits of the power of two that is as large as the largest that counts, or next above; its inverse is a normal
-  // number. So scales seldom change, and with them what numbers that have not changed are rounded to.
-  ADAMFUSED_HD static uint32_t power_above(uint32_t largest) {
-    return larger(smaller((largest + 0x7fffffu) & kInfinity, 0x7e800000u), 0x03800000u);  // 2^126, 2^-120
+  // The power of two that is as large as the largest that counts or next below; the next above, if the largest plus c
+  // is over 1.75 of it, which is the top code. So scales seldom change, and with them what numbers that have not
+  // changed are rounded to.
+  ADAMFUSED_HD static float scale_for(uint32_t largest) {
+    constexpr uint32_t c = uint32_t(kC * 0x1p23f);  // in units of the last place
+    return float_of(larger(smaller((largest + 0x1fffffu + c) & kInfinity, kMostScale), kLeastScale));
   }
-  ADAMFUSED_HD static float inverse(uint32_t power) { return kLargest * float_of(0x7f000000u - power); }
-  ADAMFUSED_HD static float scale(uint32_t power) { return float_of(power) * (1.0f / kLargest); }
   // Of a finite number, and of any.
   template <class W>
-  ADAMFUSED_HD static W encode_finite(W b, float inverse, W word) {
+  ADAMFUSED_HD static W encode_finite(W b, float scale, W word) {
+    const float c = kC * scale;
     const W magnitude = b & kMagnitude;
-    const W fine = bits_of(float_of(magnitude) * inverse + kC) - kBase;
-    const W code = smaller((fine + (word >> (32 - kShift))) >> kShift, W{} + kTop);
+    const W fine = bits_of(float_of(magnitude) + c) - bits_of(c) + (word >> (32 - kShift));
+    const W code = smaller(fine >> kShift, W{} + kTop);
     if constexpr (Scheme::kSigned)
-      return with_sign(code, b);
+      return code | ((b >> 24) & 0x80u);
     else
       return larger(code, smaller(magnitude, W{} + 1u));  // the root of it divides
   }
   template <class W>
-  ADAMFUSED_HD static W encode(W b, float inverse, W word) {
-    return is_finite(b & kMagnitude) ? encode_finite(b, inverse, word) : Scheme::kSpecial;
+  ADAMFUSED_HD static W encode(W b, float scale, W word) {
+    return is_finite(b & kMagnitude) ? encode_finite(b, scale, word) : kSpecial;
   }
 };
 
-// c = 2^-16 and 3 bits of the mantissa: 127 codes of either sign, and one for NaN.
+// c = 2^-15 of the scale: 126 codes of either sign, and one for NaN.
 struct SignedScheme {
-  using Rest = int8_t;
   static constexpr bool kSigned = true;
-  static constexpr int kShift = 20;
-  static constexpr uint32_t kBase = 0x37800000, kTop = 127, kSpecial = uint32_t(-128), kSpecialBits = 0x7fc00000;
-  static constexpr float kC = 0x1p-16f, kLargest = 0x1.ep-1f - kC;
+  static constexpr float kC = 0x1p-15f;
+  static constexpr uint32_t kTop = 126, kSpecialBits = 0x7fc00000;
 };
-// c = 2^-32 and 3 bits, for what is never negative; the last code is infinity.
+// c = 2^-31 of it, for what is never negative; the last code is infinity.
 struct UnsignedScheme {
-  using Rest = uint8_t;
   static constexpr bool kSigned = false;
-  static constexpr int kShift = 20;
-  static constexpr uint32_t kBase = 0x2f800000, kTop = 254, kSpecial = 255, kSpecialBits = kInfinity;
-  static constexpr float kC = 0x1p-32f, kLargest = 0x1.cp-1f - kC;
+  static constexpr float kC = 0x1p-31f;
+  static constexpr uint32_t kTop = 254, kSpecialBits = kInfinity;
 };
 using SignedCode = Code<SignedScheme>;
 using UnsignedCode = Code<UnsignedScheme>;

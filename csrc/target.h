@@ -60,12 +60,8 @@ ADAMFUSED_HD float float_of(uint32_t b) {
   __builtin_memcpy(&x, &b, sizeof x);
   return x;
 }
-// Of numbers below 2^31.
 ADAMFUSED_HD uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 ADAMFUSED_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-// The magnitude of a signed number, and a number with the sign of another: of a float's bits, too, as 0 has none.
-ADAMFUSED_HD uint32_t magnitude_of(uint32_t x) { return int32_t(x) < 0 ? 0u - x : x; }
-ADAMFUSED_HD uint32_t with_sign(uint32_t x, uint32_t sign) { return int32_t(sign) < 0 ? 0u - x : x; }
 // A float without its fraction, from 0 to 2^31.
 ADAMFUSED_HD uint32_t whole(float x) { return uint32_t(int32_t(x)); }
 
@@ -79,27 +75,8 @@ using Vector = typename Vectors<T>::Type;
 
 inline Vector<uint32_t> bits_of(Vector<float> x) { return (Vector<uint32_t>)x; }
 inline Vector<float> float_of(Vector<uint32_t> b) { return (Vector<float>)b; }
-// By signed comparisons: those are everywhere.
-inline Vector<uint32_t> smaller(Vector<uint32_t> a, Vector<uint32_t> b) {
-  const Vector<int32_t> x = (Vector<int32_t>)a, y = (Vector<int32_t>)b;
-  return (Vector<uint32_t>)(x < y ? x : y);
-}
-inline Vector<uint32_t> larger(Vector<uint32_t> a, Vector<uint32_t> b) {
-  const Vector<int32_t> x = (Vector<int32_t>)a, y = (Vector<int32_t>)b;
-  return (Vector<uint32_t>)(x > y ? x : y);
-}
-inline Vector<uint32_t> magnitude_of(Vector<uint32_t> x) {
-  const Vector<int32_t> y = (Vector<int32_t>)x;
-  return (Vector<uint32_t>)(y < 0 ? -y : y);
-}
-inline Vector<uint32_t> with_sign(Vector<uint32_t> x, Vector<uint32_t> sign) {
-#if ADAMFUSED_VECTOR == 32 && defined(__AVX2__)
-  return (Vector<uint32_t>)_mm256_sign_epi32((__m256i)x, (__m256i)sign);
-#else
-  const Vector<uint32_t> minus = 0u - (sign >> 31);
-  return (x ^ minus) - minus;
-#endif
-}
+inline Vector<uint32_t> smaller(Vector<uint32_t> a, Vector<uint32_t> b) { return a < b ? a : b; }
+inline Vector<uint32_t> larger(Vector<uint32_t> a, Vector<uint32_t> b) { return a > b ? a : b; }
 inline Vector<uint32_t> whole(Vector<float> x) { return (Vector<uint32_t>)__builtin_convertvector(x, Vector<int32_t>); }
 #endif
 

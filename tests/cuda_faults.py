@@ -204,20 +204,22 @@ FAULTS = {
     "codes without their sign": (
         PACKED,
         "decode(uint32_t(rest[j])",
-        "decode(uint32_t(uint8_t(rest[j]))",
+        "decode(uint32_t(rest[j] & 0x7f)",
     ),
-    "all states dither alike": (PACKED, "from.t, slot);\n      rest", "from.t, 0);\n      rest"),
-    "dither stands still": (PACKED, "from.t, slot);\n      rest", "0, slot);\n      rest"),
-    "all states share a hash": (
+    "dither stands still": (
         PACKED,
-        "key_of_dither(from.key, slot)",
+        "key_of_dither(from.key, from.t)",
         "key_of_dither(from.key, 0)",
     ),
-    "all tensors share a hash": (PACKED, "key_of_dither(from.key, slot)", "key_of_dither(0, slot)"),
+    "all tensors dither alike": (
+        PACKED,
+        "key_of_dither(from.key, from.t)",
+        "key_of_dither(0, from.t)",
+    ),
     "a shard dithers like the first": (
         PACKED,
-        "dither(word_of(counter_at(from.first + at.index(j), key))",
-        "dither(word_of(counter_at(at.index(j), key))",
+        "dither_at(from.first + at.index(j), key)",
+        "dither_at(at.index(j), key)",
     ),
     "every tile has the same words": (
         PACKED,

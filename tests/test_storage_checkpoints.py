@@ -278,8 +278,8 @@ def with_number(x: float) -> Callable[[Tensor], Tensor]:
 
 A_MODEL = "it was saved for another model"
 DAMAGED = (
-    "'exp_avg_scale' in the checkpoint has numbers that are negative or not finite; expected scales; the checkpoint is "
-    "damaged"
+    "'exp_avg_scale' in the checkpoint has numbers that are no scales; expected powers of two from 2^-90 to 2^127, or "
+    "0; the checkpoint is damaged"
 )
 # fmt: off
 LOADED: dict[str, tuple[Spoil, str]] = {
@@ -298,6 +298,8 @@ LOADED: dict[str, tuple[Spoil, str]] = {
     "a negative scale": (saved("exp_avg_scale", with_number(-1.0)), DAMAGED),
     "a NaN scale": (saved("exp_avg_scale", with_number(float("nan"))), DAMAGED),
     "an infinite scale": (saved("exp_avg_scale", with_number(float("inf"))), DAMAGED),
+    "a scale that is no power of two": (saved("exp_avg_scale", with_number(3.0)), DAMAGED),
+    "a scale that is too small": (saved("exp_avg_scale", with_number(2.0**-91)), DAMAGED),
     "strided scales": (saved("exp_avg_scale", lambda s: torch.stack([s, s], -1)[..., 0]),
         "'exp_avg_scale' in the checkpoint has strides (2, 2); expected a contiguous tensor"),
     "codes of the other kind": (saved("exp_avg_sq", lambda c: c.view(torch.int8)), "'exp_avg_sq' in the checkpoint has "

@@ -134,34 +134,21 @@ auto format_of() {
 template <class S, class Rule, int k>
 using FormatOf = decltype(format_of<S, Rule, k>());
 
-// Blocks of finite numbers, one of each state, to codes and their scales. Two states share random words.
+// Plain blocks, one of each state, to codes.
 template <class Rule>
 ADAMFUSED_INLINE void store_blocks(const float (*from)[kBlock], int n, const Scaling* scaling, const Place* place,
                                    int64_t at) {
-  constexpr int states = Rule::states, room = kRoom<Rule>;
-  float inverse[room];
-  Words words[room];
-  for_each<0, states>([&](auto index) {
-    constexpr int k = index.value;
-    using Format = FormatOf<Codes, Rule, k>;
-    const Place& state = place[kState + k];
-    inverse[k] = Format::inverse(scaling[k].power);
-    *state.below<Format>(at) = Format::scale(scaling[k].power);
-    words[k] = state.dither(at).words;
-  });
+  Dither dither = place[kState].dither(at);
   for (int i = 0; i < n; i += kLine) {
-    Word hash[2];
-    for_each<0, states>([&](auto index) {
-      constexpr int k = index.value, slot = kState + k;
+    Word word[2];
+    for (int j = 0; j < 2; ++j) word[j] = dither.of(j) >> (32 - kShift);
+    dither.next_line();
+    for_each<0, Rule::states>([&](auto index) {
+      constexpr int k = index.value;
       using Format = FormatOf<Codes, Rule, k>;
-      Word b[2], word[2];
-      for (int j = 0; j < 2; ++j) {
-        if constexpr (k == 0 || slot % 2 == 0) hash[j] = words[k].of(j);
-        word[j] = dither(hash[j], place[slot].t, slot);
-        __builtin_memcpy(b + j, from[k] + i + j * kWords, sizeof *b);
-      }
-      words[k].next_line();
-      store_codes<Format>(b, inverse[k], word, place[slot].rest<Format>(at) + i);
+      Word b[2];
+      for (int j = 0; j < 2; ++j) __builtin_memcpy(b + j, from[k] + i + j * kWords, sizeof *b);
+      store_codes<Format>(b, scaling[k].scale, word, place[kState + k].rest<Format>(at) + i);
     });
   }
 }
@@ -209,7 +196,8 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
         constexpr int k = index.value;
         if constexpr (coded) {
           for (int j = 0; j < kVectors; ++j) {
-            top[k] = larger(top[k], bits_of(s[k][j]) & kMagnitude);
+            const Word b = bits_of(s[k][j]);  // a sign where there is none is more than any magnitude
+            top[k] = larger(top[k], FormatOf<S, Rule, k>::kSigned ? b & kMagnitude : b);
             __builtin_memcpy(kept[k] + i + j * kWords, s[k] + j, sizeof s[k][j]);
           }
         } else {
@@ -220,21 +208,22 @@ int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begi
     }
     if constexpr (coded) {
       Scaling scaling[room];
-      bool still_finite = true;
+      bool plain = true;
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
-        scaling[k] = scaling_of<FormatOf<S, Rule, k>>(kept[k], n, top[k]);
-        still_finite &= scaling[k].finite;
+        using Format = FormatOf<S, Rule, k>;
+        scaling[k] = scaling_of<Format>(kept[k], n, top[k]);
+        *place[kState + k].below<Format>(at) = scaling[k].scale;
+        plain &= scaling[k].plain;
       });
-      if (still_finite)
+      if (plain)
         store_blocks<Rule>(kept, n, scaling, place, at);
       else
         for_each<0, states>([&](auto index) {
           constexpr int k = index.value;
           using Format = FormatOf<S, Rule, k>;
           const Place& state = place[kState + k];
-          store_block<Format>(kept[k], n, scaling[k], state.dither(at), state.rest<Format>(at),
-                              state.below<Format>(at));
+          store_block<Format>(kept[k], n, scaling[k].scale, state.dither(at), state.rest<Format>(at));
         });
     }
   }

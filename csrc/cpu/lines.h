@@ -36,13 +36,19 @@ class Words {
 };
 
 // The same for codes.
-struct Dither {
-  Words words;
-  uint32_t t;
-  int slot;
+class Dither {
+ public:
+  Dither() = default;
+  Dither(uint32_t key, uint32_t index) {
+    Word place;
+    for (int i = 0; i < kWords; ++i) place[i] = place_of(i);
+    next_ = dither_at(place + index, key);
+  }
+  Word of(int j) const { return next_ + uint32_t(j) * kVectorStep * kRoot2; }
+  void next_line() { next_ += uint32_t(kLine) * kRoot2; }
 
-  Word of(int j) const { return dither(words.of(j), t, slot); }
-  void next_line() { words.next_line(); }
+ private:
+  Word next_;
 };
 
 // A line of floats from a part as it rests. `scale` is that of codes, which are known to be of finite numbers if so
@@ -127,8 +133,8 @@ bool all_finite(const typename Format::Rest* rest, int n) {
 
 // What a block's codes are made with.
 struct Scaling {
-  bool finite;     // all of its numbers are
-  uint32_t power;  // of two: the bits of a float
+  bool plain;  // all of its numbers are finite, and none above the top
+  float scale;
 };
 
 // `top` has the largest magnitude of each lane, or one that is not finite.
@@ -136,37 +142,24 @@ template <class Format>
 ADAMFUSED_INLINE Scaling scaling_of(const float* numbers, int n, Word top) {
   uint32_t most = 0;
   for (int i = 0; i < kWords; ++i) most = larger(most, top[i]);
-  const bool finite = is_finite(most);
-  if (!finite) {
+  const bool plain = most < kMostScale;
+  if (!plain) {
     most = 0;
     for (int i = 0; i < n; ++i) most = larger(most, Format::counted(bits_of(numbers[i]) & kMagnitude));
   }
-  return {finite, Format::power_above(most)};
+  return {plain, Format::scale_for(most)};
 }
 
-template <class Format, class Encode>
-ADAMFUSED_INLINE void encode_block(const float* from, int n, Dither words, typename Format::Rest* rest, Encode encode) {
+// A block of floats to codes. The floats lie in the order in which lines are in vectors.
+template <class Format>
+ADAMFUSED_INLINE void store_block(const float* from, int n, float scale, Dither dither, typename Format::Rest* rest) {
   for (int i = 0; i < n; i += kLine) {
     Word b[kVectors], code[kVectors];
     for (int j = 0; j < kVectors; ++j) __builtin_memcpy(b + j, from + i + j * kWords, sizeof *b);
-    for (int j = 0; j < kVectors; ++j) code[j] = encode(b[j], words.of(j));
-    words.next_line();
+    for (int j = 0; j < kVectors; ++j) code[j] = Format::encode(b[j], scale, dither.of(j));
+    dither.next_line();
     store_words(code, rest + i);
   }
-}
-
-// A block of floats to codes and their scale. The floats lie in the order in which lines are in vectors.
-template <class Format>
-ADAMFUSED_INLINE void store_block(const float* from, int n, const Scaling& scaling, Dither words,
-                                  typename Format::Rest* rest, float* scale) {
-  const float inverse = Format::inverse(scaling.power);
-  if (scaling.finite)
-    encode_block<Format>(from, n, words, rest,
-                         [inverse](Word b, Word word) { return Format::encode_finite(b, inverse, word); });
-  else
-    encode_block<Format>(from, n, words, rest,
-                         [inverse](Word b, Word word) { return Format::encode(b, inverse, word); });
-  *scale = Format::scale(scaling.power);
 }
 
 // Where a part lies, and what its random words depend on.
@@ -185,7 +178,7 @@ struct Place {
     return static_cast<typename Format::Beside*>(beside) + (is_code<Format> ? at / kBlock : at);
   }
   Words words(int64_t at) const { return Words(key_of(key, t, slot), first + uint32_t(at)); }
-  Dither dither(int64_t at) const { return {Words(key_of_dither(key, slot), first + uint32_t(at)), t, slot}; }
+  Dither dither(int64_t at) const { return Dither(key_of_dither(key, t), first + uint32_t(at)); }
 };
 
 // ---- any format, not known before the step ----
@@ -225,8 +218,8 @@ void put_lines(const float* from, int n, const Place& place, int64_t at, typenam
           __builtin_memcpy(kept + j + k * kWords, b + k, sizeof *b);
         }
       }
-      const Scaling scaling = scaling_of<Format>(kept, some, top);
-      store_block<Format>(kept, some, scaling, dither, rest + i, beside + i / kBlock);
+      const float scale = beside[i / kBlock] = scaling_of<Format>(kept, some, top).scale;
+      store_block<Format>(kept, some, scale, dither, rest + i);
       for (int j = 0; j < some; j += kLine) dither.next_line();
     } else {
       Float x[kVectors];

@@ -41,11 +41,17 @@ ADAMFUSED_INLINE Bits interleave_low(Bits a, Bits b) { return _mm256_unpacklo_ep
 ADAMFUSED_INLINE Bits interleave_high(Bits a, Bits b) { return _mm256_unpackhi_epi16(a, b); }
 // Words to the numbers of a line; what does not fit becomes the nearest that does.
 ADAMFUSED_INLINE Short pack(Word a, Word b) { return (Short)_mm256_packus_epi32((Bits)a, (Bits)b); }
-ADAMFUSED_INLINE Short pack_signed(Word a, Word b) { return (Short)_mm256_packs_epi32((Bits)a, (Bits)b); }
 // Their upper or lower halves.
 ADAMFUSED_INLINE Short uppers(Word a, Word b) { return pack(a >> 16, b >> 16); }
 ADAMFUSED_INLINE Short lowers(Word a, Word b) { return pack(a & 0xffffu, b & 0xffffu); }
-ADAMFUSED_INLINE Short with_sign(Short x, Short sign) { return (Short)_mm256_sign_epi16((Bits)x, (Bits)sign); }
+// Low bytes, the bits of a mask from a, the others from b.
+ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
+  return (a & uint16_t(mask)) | (b & uint16_t(uint8_t(~mask)));
+}
+// Whether any of them, which are below 2^15, is as large.
+ADAMFUSED_INLINE bool any_from(uint16_t least, Short x) {
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi16((Bits)x, (Bits)(Short{} + uint16_t(least - 1)))) != 0;
+}
 ADAMFUSED_INLINE Short smaller(Short a, Short b) { return (Short)_mm256_min_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE Short larger(Short a, Short b) { return (Short)_mm256_max_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
@@ -54,10 +60,6 @@ ADAMFUSED_INLINE Short load_bytes(const int8_t* from) { return (Short)_mm256_cvt
 ADAMFUSED_INLINE void store_bytes(Short x, uint8_t* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm_packus_epi16(_mm256_castsi256_si128((Bits)x), _mm256_extracti128_si256((Bits)x, 1)));
-}
-ADAMFUSED_INLINE void store_bytes(Short x, int8_t* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_packs_epi16(_mm256_castsi256_si128((Bits)x), _mm256_extracti128_si256((Bits)x, 1)));
 }
 ADAMFUSED_INLINE void load_words(const float* from, Word* word) {
   for (int j = 0; j < 2; ++j)
@@ -80,7 +82,6 @@ using Bits = __m512i;
 ADAMFUSED_INLINE Bits interleave_low(Bits a, Bits b) { return _mm512_unpacklo_epi16(a, b); }
 ADAMFUSED_INLINE Bits interleave_high(Bits a, Bits b) { return _mm512_unpackhi_epi16(a, b); }
 ADAMFUSED_INLINE Short pack(Word a, Word b) { return (Short)_mm512_packus_epi32((Bits)a, (Bits)b); }
-ADAMFUSED_INLINE Short pack_signed(Word a, Word b) { return (Short)_mm512_packs_epi32((Bits)a, (Bits)b); }
 // The halves of two vectors in the order of a line, each being the even or the odd ones.
 ADAMFUSED_INLINE Short halves(Word a, Word b, int odd) {
   int16_t place[32];
@@ -91,16 +92,18 @@ ADAMFUSED_INLINE Short halves(Word a, Word b, int odd) {
 }
 ADAMFUSED_INLINE Short uppers(Word a, Word b) { return halves(a, b, 1); }
 ADAMFUSED_INLINE Short lowers(Word a, Word b) { return halves(a, b, 0); }
-ADAMFUSED_INLINE Short with_sign(Short x, Short sign) {
-  return (Short)_mm512_mask_sub_epi16((Bits)x, _mm512_movepi16_mask((Bits)sign), _mm512_setzero_si512(), (Bits)x);
+ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
+  return (Short)_mm512_ternarylogic_epi32((Bits)(Short{} + mask), (Bits)a, (Bits)b, 0xca);
+}
+ADAMFUSED_INLINE bool any_from(uint16_t least, Short x) {
+  return _mm512_cmpge_epu16_mask((Bits)x, (Bits)(Short{} + least)) != 0;
 }
 ADAMFUSED_INLINE Short smaller(Short a, Short b) { return (Short)_mm512_min_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE Short larger(Short a, Short b) { return (Short)_mm512_max_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 ADAMFUSED_INLINE Short load_bytes(const uint8_t* from) { return (Short)_mm512_cvtepu8_epi16(load_256(from)); }
 ADAMFUSED_INLINE Short load_bytes(const int8_t* from) { return (Short)_mm512_cvtepi8_epi16(load_256(from)); }
-template <class Byte>
-ADAMFUSED_INLINE void store_bytes(Short x, Byte* to) {
+ADAMFUSED_INLINE void store_bytes(Short x, uint8_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8((Bits)x));
 }
 ADAMFUSED_INLINE void load_words(const float* from, Word* word) {
@@ -147,13 +150,17 @@ ADAMFUSED_INLINE void load_upper_words(const uint16_t* from, Word* word) { sprea
 // To the low ends; what does not fit is stored as another number.
 ADAMFUSED_INLINE void store_words(const Word* word, uint16_t* to) { store_short(pack(word[0], word[1]), to); }
 ADAMFUSED_INLINE void store_words(const Word* word, uint8_t* to) { store_bytes(pack(word[0], word[1]), to); }
-ADAMFUSED_INLINE void store_words(const Word* word, int8_t* to) { store_bytes(pack_signed(word[0], word[1]), to); }
 
 // ---- formats in fewer instructions than theirs are, to the same bits ----
 
 ADAMFUSED_INLINE void load_split16(const uint16_t* upper, const int16_t* lower, Word* word) {
-  const Short below = load_short(lower);
-  spread_upper(load_short(upper) + (Short)((SignedShort)below >> 15), word, below);
+  const Short below = load_short(lower), seen = load_short(upper), above = seen + (Short)((SignedShort)below >> 15);
+  spread_upper(above, word, below);
+  if (__builtin_expect(any_from(uint16_t(kInfinity >> 16), above & uint16_t(0x7fff)), false)) {
+    Word alone[2];
+    spread_upper(seen, alone);
+    for (int j = 0; j < 2; ++j) word[j] = is_nan(word[j]) ? alone[j] : word[j];
+  }
 }
 ADAMFUSED_INLINE void store_split16(const Word* word, uint16_t* upper, int16_t* lower) {
   Word b[2];
@@ -165,40 +172,33 @@ ADAMFUSED_INLINE void store_split16(const Word* word, uint16_t* upper, int16_t* 
 // Codes of finite numbers. All that they tell is in the upper half of a word.
 template <class Format>
 ADAMFUSED_INLINE void load_codes(const typename Format::Rest* rest, float scale, Float* x) {
-  static_assert(Format::kShift >= 16 && Format::kBase % (1u << Format::kShift) == 0, "");
-  const Short code = load_bytes(rest);
-  const SignedShort value = (SignedShort)code;
-  const Short magnitude = Format::kSigned ? (Short)(value < 0 ? -value : value) : code;
-  Word word[2], sign[2];
-  spread_upper((magnitude << (Format::kShift - 16)) + uint16_t(Format::kBase >> 16), word);
-  spread_upper(code, sign);
-  for (int j = 0; j < 2; ++j) {
-    x[j] = (float_of(word[j]) - Format::kC) * scale;
-    if constexpr (Format::kSigned) x[j] = float_of(bits_of(x[j]) | (sign[j] & 0x80000000u));
-  }
-}
-template <class Format>
-ADAMFUSED_INLINE void store_codes(const Word* b, float inverse, const Word* word, typename Format::Rest* rest) {
-  constexpr int shift = Format::kShift;
-  constexpr uint16_t base = Format::kBase >> shift, top = Format::kTop;
   constexpr uint32_t sign = 0x80000000u;
-  Word magnitude[2], fine[2];
-  for (int j = 0; j < 2; ++j) {
-    magnitude[j] = b[j] & kMagnitude;
-    if constexpr (Format::kSigned)
-      fine[j] = bits_of(float_of(b[j]) * inverse + float_of((b[j] & sign) | (Word{} + bits_of(Format::kC))));
-    else
-      fine[j] = bits_of(float_of(magnitude[j]) * inverse + Format::kC);
-    fine[j] = (fine[j] + (word[j] >> (32 - shift))) >> shift;
-  }
-  const Short code = pack(fine[0], fine[1]);  // a signed one's sign is in the bit below 32 - shift
+  const uint32_t c = bits_of(Format::kC * scale);
+  const uint16_t above = uint16_t(c >> 16);  // below are zeros
+  Word word[2];
   if constexpr (Format::kSigned) {
-    const Short x = smaller((code & uint16_t((1u << (31 - shift)) - 1)) - base, Short{} + top);
-    store_bytes(with_sign(x, code << (shift - 16)), rest);
+    const Short code = load_bytes(reinterpret_cast<const int8_t*>(rest));
+    spread_upper((((code & uint16_t(0x7f)) << (kShift - 16)) + above) | (code & uint16_t(0x8000)), word);
   } else {
-    const Short some = smaller(pack(magnitude[0], magnitude[1]), Short{} + uint16_t(1));
-    store_bytes(larger(smaller(code - base, Short{} + top), some), rest);
+    spread_upper((load_bytes(rest) << (kShift - 16)) + above, word);
   }
+  for (int j = 0; j < 2; ++j) x[j] = float_of(word[j]) - float_of(Format::kSigned ? (word[j] & sign) | c : Word{} + c);
+}
+// None of them is above the top; `dither` is in the low ends.
+template <class Format>
+ADAMFUSED_INLINE void store_codes(const Word* b, float scale, const Word* dither, typename Format::Rest* rest) {
+  constexpr uint32_t sign = 0x80000000u;
+  const uint32_t c = bits_of(Format::kC * scale);
+  const uint16_t above = uint16_t(c >> kShift);
+  Word fine[2];
+  for (int j = 0; j < 2; ++j)
+    fine[j] =
+        (bits_of(float_of(b[j]) + float_of(Format::kSigned ? (b[j] & sign) | c : Word{} + c)) + dither[j]) >> kShift;
+  const Short code = pack(fine[0], fine[1]) - above;  // a sign is still where that of a float was
+  if constexpr (Format::kSigned)
+    store_bytes(chosen(0x7f, code, code >> (31 - kShift - 7)), rest);
+  else
+    store_bytes(larger(code, smaller(pack(b[0], b[1]), Short{} + uint16_t(1))), rest);
 }
 #else
 constexpr uint32_t place_of(int i) { return uint32_t(i); }

@@ -243,15 +243,15 @@ __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const 
     uint32_t largest = 0;
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) largest = larger(largest, Format::counted(bits_of(float(x[j])) & kMagnitude));
-    const uint32_t power = Format::power_above(largest_of_block<E>(largest)), key = key_of_dither(from.key, slot);
-    const float inverse = Format::inverse(power);
+    const float scale = Format::scale_for(largest_of_block<E>(largest));
+    const uint32_t key = key_of_dither(from.key, from.t);
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) {
-      const uint32_t word = dither(word_of(counter_at(from.first + at.index(j), key)), from.t, slot);
-      rest[j] = Rest(Format::encode(bits_of(float(x[j])), inverse, word));
+      const uint32_t word = dither_at(from.first + at.index(j), key);
+      rest[j] = Rest(Format::encode(bits_of(float(x[j])), scale, word));
     }
     packed.set(rest);
-    return Format::scale(power);
+    return scale;
   } else if constexpr (is_joined<Format>) {
     using Beside = typename Format::Beside;
     Beside beside[E];
