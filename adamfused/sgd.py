@@ -13,7 +13,7 @@ from .base import check_lr, check_not_negative, numbers
 from .optimizer import FusedOptimizer
 from .options import Extras, with_extras
 from .plan import Plan
-from .storage import STEP
+from .storage import EMA, STEP
 
 
 def _is_nothing(value: Any) -> bool:
@@ -132,7 +132,15 @@ class SGD(FusedOptimizer):
         return {STEP: count, **entry}
 
     def _begin_late(self, p: Tensor, group: dict[str, Any], plan: Plan) -> bool:
+        state, dampened = self.state[p], group["dampening"] != 0
+        late = "momentum_buffer" in plan.keys and state.get("momentum_buffer") is None
+        if late and dampened and EMA in state:
+            raise ValueError(
+                f"{self._place(p)}: momentum={group['momentum']} after steps without, with dampening="
+                f"{group['dampening']} and ema_decay: the count would begin anew, and the average with it; expected "
+                "momentum from the first step on, or dampening=0"
+            )
         begun = super()._begin_late(p, group, plan)
-        if begun and group["dampening"] != 0:  # only a first step is not dampened
-            self.state[p][STEP].zero_()
+        if begun and dampened:  # only a first step is not dampened
+            state[STEP].zero_()
         return begun

@@ -30,7 +30,7 @@ from adamfused import machine
 from adamfused.demo import charlm, data
 from adamfused.demo.mnist import small_cnn
 from adamfused.demo.train import batches
-from adamfused.formats import CODES, Code, Random, get, place_key, put, scales_shape
+from adamfused.formats import CODES, Random, get, place_key, put, scales_shape
 
 CPU = torch.device("cpu")
 SMALL = 4096  # parameters of fewer elements keep float32 moments
@@ -40,6 +40,7 @@ SMALL = 4096  # parameters of fewer elements keep float32 moments
 
 Dither = Callable[[Random, int], Tensor]
 """Of a tensor and step, and the number of elements: words, int64 in 0..2^32-1."""
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio
 PLANE = 0xC13FA9A9, 0x91E10DA5  # 2^32 over 1.3247, the root of x^3 = x + 1, and over its square
 
 
@@ -54,13 +55,18 @@ def fresh(random: Random, n: int) -> Tensor:
 
 
 def golden(random: Random, n: int) -> Tensor:
-    """One hash of the element for all steps; each step adds the golden ratio to it."""
+    """No hash: each step adds the golden ratio, each element the root of 2; the same for all states."""
     return random.dither(n, CPU)
 
 
-def lattice(random: Random, n: int) -> Tensor:
-    """No hash: the element times one number plus the step times another."""
-    return (torch.arange(n) * PLANE[0] + random.t * PLANE[1] + (random.slot << 30)) & 0xFFFFFFFF
+def hashed(random: Random, n: int) -> Tensor:
+    """One hash of the element and state for all steps; each step adds the golden ratio to it."""
+    return (random._replace(t=0).words(n, CPU) + random.t * GOLDEN) & 0xFFFFFFFF
+
+
+def plane(random: Random, n: int) -> Tensor:
+    """No hash: the two numbers that fill a plane evenly; the same for all states."""
+    return (torch.arange(n) * PLANE[0] + random.t * PLANE[1]) & 0xFFFFFFFF
 
 
 # ---- Codes: what 8 bits can tell of a number ---------------------------------------------------
@@ -80,30 +86,30 @@ def as_before(blocks: Tensor, x: Tensor) -> Tensor:
     return blocks.reshape(-1)[: x.numel()].view(x.shape)
 
 
-@cache
-def code_of(mantissa: int, signed: bool) -> Code:
-    """The code of formats.py that has so many bits of mantissa, as wide as 8 bits make it."""
-    octaves = (128 if signed else 256) >> mantissa
-    return Code(2.0**-octaves, mantissa, 127 if signed else 254, -128 if signed else 255)
-
-
 def log_linear(
     mantissa: int, dither: Dither = golden, block: int = 128, power: bool = True
 ) -> Coder:
-    """The codes of formats.py; ``power``: a block's scale is a power of two, not its largest number."""
+    """The codes of formats.py, of any number of bits of mantissa; ``power``: a block's scale is a power of two, not its
+    largest number."""
+    shift, most = 23 - mantissa, 2 - 2.0 ** (1 - mantissa)
 
     def back(x: Tensor, signed: bool, random: Random) -> Tensor:
-        code, numbers = code_of(mantissa, signed), by_block(x, block)
-        largest = numbers.abs().amax(1, keepdim=True).clamp(min=2.0**-120)
+        numbers, top = by_block(x, block), 126 if signed else 254
+        c = 2.0 ** (1 - ((128 if signed else 256) >> mantissa))
+        base = int(torch.tensor(c).view(torch.int32))
+        largest = numbers.abs().amax(1, keepdim=True).clamp(min=2.0**-90)
         if power:
-            largest = (largest.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32)
-        y = numbers.abs() * (torch.full_like(largest, code.largest) / largest) + code.c
-        up = (dither(random, y.numel()) >> 32 - code.shift).to(torch.int32).view(y.shape)
-        number = (y.view(torch.int32) - code.base + up >> code.shift).clamp(max=code.top)
+            scale = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+            scale = torch.where(largest / scale + c > most, 2 * scale, scale)
+        else:
+            scale = largest / (most - c)
+        y = numbers.abs() / scale + c
+        up = (dither(random, y.numel()) >> 32 - shift).to(torch.int32).view(y.shape)
+        number = (y.view(torch.int32) - base + up >> shift).clamp(max=top)
         if not signed:
             number = torch.where(numbers > 0, number.clamp(min=1), number)
-        y = ((number << code.shift) + code.base).view(torch.float32) - code.c
-        return as_before((y * (largest * (1.0 / code.largest))).copysign(numbers), x)
+        y = ((number << shift) + base).view(torch.float32) - c
+        return as_before((y * scale).copysign(numbers), x)
 
     return back
 
@@ -175,7 +181,8 @@ def ours(m: int, v: int, *how: Any, **more: Any) -> Candidate:
 CANDIDATES: dict[str, Candidate] = {
     "float32": (exact,) * 2,
     "m3 v3": ours(3, 3),
-    "m3 v3, lattice": ours(3, 3, lattice),
+    "m3 v3, plane": ours(3, 3, plane),
+    "m3 v3, hashed": ours(3, 3, hashed),
     "m3 v3, fresh": ours(3, 3, fresh),
     "m3 nearest, v3": (log_linear(3, nearest), log_linear(3)),
     "m3, v3 nearest": (log_linear(3), log_linear(3, nearest)),

@@ -56,6 +56,22 @@ def test_momentum_that_is_switched_on_begins_with_the_gradient(path: str, dampen
     close(runs[1][1], runs[0][1])
 
 
+def test_late_dampened_momentum_does_not_begin_an_average_anew(path: str) -> None:
+    """The count tells which step is the first for both; without dampening it need not begin anew."""
+    p = weights()
+    optimizer = SGD([p], lr=0.1, dampening=0.3, ema_decay=0.9, backend=path)
+    go_on(optimizer, p, 3)
+    optimizer.param_groups[0]["momentum"] = 0.5
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0: momentum=0\.5 after steps with"):
+        go_on(optimizer, p, 1)
+    assert_same_bits(p.detach(), before)
+    assert optimizer.state[p].keys() == state.keys() and optimizer.state[p]["step"] == 3
+    optimizer.param_groups[0]["dampening"] = 0.0
+    go_on(optimizer, p, 1)
+    assert optimizer.state[p]["step"] == 4
+
+
 def test_late_momentum_in_stored_formats_and_when_compiled() -> None:
     def run(how: str) -> Tensor:
         p = weights(8192, torch.bfloat16)
