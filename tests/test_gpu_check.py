@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from adamfused.bench import Interval, Report, Row
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 gpu_check = pytest.importorskip("gpu_check", reason="needs the checkout")
+gpu = pytest.importorskip("gpu", reason="needs the checkout")
 
 
 def python(code: str) -> list[str]:
@@ -86,6 +92,78 @@ def test_the_whole_takes_less_than_nine_minutes(tmp_path, monkeypatch) -> None:
         for word in stage.command:
             if word.endswith(".py"):
                 assert (ROOT / word).is_file()
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+NO_ROOM = "NOT SUPPORTED: parameters and gradients take 32.0 GB, and 8.0 GB are free"
+OUT_OF_MEMORY = "NOT SUPPORTED: OutOfMemoryError: CUDA out of memory."
+FAULT = "NOT SUPPORTED: AcceleratorError: CUDA error: an illegal memory access was encountered"
+
+
+@pytest.fixture
+def measured(monkeypatch) -> Callable[..., int]:
+    """What gpu.py returns on a GPU on which these optimizers have this problem; else all take the same time, or ours
+    ten times as long."""
+
+    def run(problem: str = "", of: str = "nobody", slow: bool = False, no_fail: bool = True) -> int:
+        interval = Interval(0.1, 0.1, 0.1) if slow else Interval(4.0, 4.0, 4.0)
+
+        def bench(optimizers, cases, **_) -> Report:
+            rows = [
+                Row(name, case.name, len(case.shapes), case.numel, problem)
+                if re.match(of, name)
+                else Row(name, case.name, 1, 1, time=interval, ratio=interval, share=interval)
+                for case in cases
+                for name in optimizers
+            ]
+            return Report({}, "cuda", "float32", [], 1, rows)
+
+        monkeypatch.setattr(gpu, "bench", bench)
+        monkeypatch.setattr(gpu, "optional", lambda package: True)  # apex
+        return gpu.judge(gpu.parts(0.1), argparse.Namespace(json=None, no_fail=no_fail))
+
+    return run
+
+
+@pytest.mark.parametrize("no_fail", [True, False])
+def test_a_target_that_is_missed_may_be_forgiven(measured, capsys, no_fail) -> None:
+    assert measured(no_fail=no_fail) == 0
+    assert measured(slow=True, no_fail=no_fail) == (0 if no_fail else 1)
+    assert "10 of 10 targets met" in (said := capsys.readouterr().out)
+    assert "0 of 10 targets met" in said.splitlines()
+
+
+@pytest.mark.parametrize("problem", [FAULT, OUT_OF_MEMORY, "INVALID: 3 of 1000 differ"])
+def test_an_optimizer_of_ours_that_fails_is_not_forgiven(measured, capsys, problem) -> None:
+    """Another one is, if some are measured."""
+    assert measured(problem, "apex") == 0
+    assert f"SKIP  GPT-2 XL, float32, {gpu.APEX}: {problem}" in capsys.readouterr().out
+    for ours in (gpu.NATIVE, gpu.CAPTURABLE):
+        assert measured(problem, re.escape(ours)) == 1
+        assert f"FAIL  {ours}, GPT-2 XL: {problem}" in capsys.readouterr().out
+
+
+def test_what_memory_has_no_room_for_is_skipped_but_something_has_to_be_measured(
+    measured, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(gpu, "count_launches", lambda: ("launches", [], None))
+    assert measured(NO_ROOM, "") == 1
+    said = capsys.readouterr().out
+    assert f"SKIP  llama_8b: {NO_ROOM}" in said and "FAIL" not in said
+    assert "0 of 0 targets met" in said
+
+
+def test_a_profiler_counts_after_all_is_timed(monkeypatch) -> None:
+    counted = []
+
+    def bench(optimizers, cases, launches=True, **_) -> Report:
+        counted.append(launches)
+        return Report({}, "cuda", "float32", [], 1, [Row(o, "", 1, 1, "no") for o in optimizers])
+
+    monkeypatch.setattr(gpu, "bench", bench)
+    assert len(list(gpu.parts(0.1))) == 9
+    assert counted == 8 * [False] + [True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
