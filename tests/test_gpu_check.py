@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,58 @@ def test_the_whole_takes_less_than_nine_minutes(tmp_path, monkeypatch) -> None:
         for word in stage.command:
             if word.endswith(".py"):
                 assert (ROOT / word).is_file()
+
+
+# ---- the tests on the GPU ------------------------------------------------------------------------
+
+SHIM = """
+import pytest, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.synchronize = lambda: None
+from test_gpu import ends_the_process_after_a_fault
+
+def test_before(): pass
+def test_faulty(monkeypatch, request):
+    def fail(): raise RuntimeError("CUDA error: an illegal memory access\\nmore")
+    if FAULT:
+        torch.cuda.synchronize = fail
+def test_after(): pass
+"""
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_fault_of_the_device_ends_its_process_only(tmp_path, fault) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "test_shim.py").write_text(SHIM.replace("FAULT", str(fault)))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1"]
+    command += ["--dist", "worksteal", "-rfE", "test_shim.py"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    said = done.stdout + done.stderr
+    assert (done.returncode != 0) is fault, said
+    assert ("test_faulty left a fault: CUDA error: an illegal memory access" in said) is fault, said
+    assert ("crashed while running 'test_shim.py::test_faulty'" in said) is fault, said
+    assert ("1 failed, 3 passed" if fault else "3 passed") in said, said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("needed", [True, False])
+def test_where_a_gpu_is_needed_tests_without_one_fail(needed) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "self_test"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "ADAMFUSED_NEED_GPU": str(int(needed))}
+    done = subprocess.run(
+        [*command, "tests/test_gpu.py"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) is needed, done.stdout
+    assert ("finds no CUDA device" in done.stdout) is needed, done.stdout
 
 
 # ---- what is measured ----------------------------------------------------------------------------
