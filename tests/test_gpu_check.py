@@ -84,15 +84,92 @@ def test_all_passed_is_success(tmp_path) -> None:
     assert gpu_check.run_all([gpu_check.Stage("good", python(""), 60)], tmp_path) == 0
 
 
-def test_the_whole_takes_less_than_nine_minutes(tmp_path, monkeypatch) -> None:
+def test_each_stage_gets_what_is_left_and_keeps_some_back(tmp_path, monkeypatch) -> None:
+    """And what the one before has not used."""
+    monkeypatch.setattr(gpu_check, "WHOLE", 100)
+    monkeypatch.setattr(gpu_check, "KEPT", 10)
+    now, limits = [1000.0], []
+
+    def run(stage, log):
+        limits.append(stage.limit)
+        now[0] += 12 if stage.name == "quick" else stage.limit
+        return gpu_check.Outcome(stage.name, "passed", 0.0)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+    names = ["own", "quick", "long", "last"]
+    stages = [gpu_check.Stage(n, [], 40 if n == "own" else 1000) for n in names]
+    gpu_check.run_all(stages, tmp_path, begin=999.0)
+    # 99 and 30 to keep; 59 and 20; 47 and 10; and the 10
+    assert limits == [40, 39, 37, 10]
+
+
+def test_a_stage_for_which_no_time_is_left_is_not_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "WHOLE", 1)
+    monkeypatch.setattr(gpu_check, "KEPT", 0)
+    stages = [gpu_check.Stage("slow", python("import time; time.sleep(60)"), 60)]
+    stages.append(gpu_check.Stage("late", python("print('hello')"), 60))
+    assert gpu_check.run_all(stages, tmp_path) == 1
+    lines = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert [line["verdict"] for line in lines] == ["timed out", "not run (no time left)"]
+
+
+def test_a_process_that_dies_is_not_out_of_time(tmp_path) -> None:
+    """Killed it has one code with one that timeout has killed, and that is told by the clock."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    gpu_check.run_all([gpu_check.Stage("graph probe", python(code), 60)], tmp_path)
+    (line,) = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert line["verdict"].startswith("failed (")
+
+
+def test_what_is_known_is_written_after_each_stage(tmp_path) -> None:
+    """A stage sees the outcomes of those before it."""
+    code = f"print('so far', open({str(tmp_path / 'gpu-check.json')!r}).read())"
+    stages = [gpu_check.Stage("first", python(""), 60), gpu_check.Stage("last", python(code), 60)]
+    assert gpu_check.run_all(stages, tmp_path) == 0
+    log = (tmp_path / "gpu-check.log").read_text()
+    (before,) = json.loads(log[log.rindex("so far") + len("so far") :])
+    assert before["name"] == "first" and before["passed"]
+
+
+@pytest.mark.parametrize(
+    "said, verdict",
+    [
+        ("3 passed, 2 skipped|= ERROR SUMMARY: 0 errors", "passed"),
+        ("5 skipped|= ERROR SUMMARY: 0 errors", r"failed (printed no \d passed)"),
+        ("3 passed", "failed (printed no ERROR SUMMARY: 0 errors)"),
+        ("3 passed|= ERROR SUMMARY: 10 errors", "failed (printed no ERROR SUMMARY: 0 errors)"),
+    ],
+)
+def test_a_stage_passes_only_if_it_says_what_it_has_done(tmp_path, said, verdict) -> None:
+    code = f"print({said!r}.replace('|', chr(10)))"
+    prints = [r"\d passed", "ERROR SUMMARY: 0 errors"]
+    gpu_check.run_all([gpu_check.Stage("memcheck", python(code), 60, {}, prints)], tmp_path)
+    (line,) = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert line["verdict"] == verdict
+
+
+def test_the_stages_are_in_time_and_what_they_name_is_there(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    stages = gpu_check.stages(tmp_path)
-    assert sum(stage.limit for stage in stages) < 9 * 60
-    assert stages[0].env["ADAMFUSED_CUDA_ARCHS"] == "9.0"
-    for stage in stages:  # what they name is there
+    stages = {stage.name: stage for stage in gpu_check.stages(tmp_path)}
+    assert [*stages][:3] == ["build", "graph probe", "tests"]
+    assert stages["build"].env["ADAMFUSED_CUDA_ARCHS"] == "9.0"
+    # Even if the first four take all that they may, the others have what is kept back; 20 to end the last.
+    first = sum(stages[name].limit for name in ("build", "graph probe", "tests", "measure"))
+    assert first <= gpu_check.WHOLE - 3 * gpu_check.KEPT
+    assert gpu_check.WHOLE + 20 < 10 * 60
+    tests = (ROOT / "tests" / "test_gpu.py").read_text()
+    for name, stage in stages.items():
         for word in stage.command:
             if word.endswith(".py"):
                 assert (ROOT / word).is_file()
+        if "tests/test_gpu.py" in stage.command:
+            assert stage.env["ADAMFUSED_NEED_GPU"] == "1" and stage.prints
+        if stage.command[0] == "compute-sanitizer":
+            assert "--report-api-errors no" in " ".join(stage.command)
+            for word in re.findall(r"\w+", stage.command[-1]):
+                assert word in ("or", "and") or word in tests, f"{name}: {word}"
+    compile(gpu_check.PROBE, "probe", "exec")
 
 
 # ---- the tests on the GPU ------------------------------------------------------------------------
