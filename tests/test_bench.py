@@ -18,7 +18,7 @@ from browser import Browser
 from torch import Tensor
 
 from adamfused import bench as command
-from adamfused.bench import Case, Interval, Report, bench, compare, page
+from adamfused.bench import Case, Interval, Report, Row, bench, compare, contender, measure, page
 from adamfused.bench.case import parse_cases
 from adamfused.bench.contender import FEATURES, launched, parameters, prepare
 from adamfused.bench.picture import pictures, poster
@@ -163,6 +163,40 @@ def test_launches_are_what_ran_on_the_gpu() -> None:
         SimpleNamespace(count=2, device_type=kinds(kind.value)) for kind in (kinds.CPU, kinds.CUDA)
     )
     assert launched([host, gpu, gpu]) == 4
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_launches_are_counted_when_all_is_timed(monkeypatch, launches) -> None:
+    """A profiler that has counted slows down what comes later. Without a GPU, by what is called when."""
+    said: list[str] = []
+
+    def timed(case: Case, specs: Any, *rest: Any) -> list[Row]:
+        said.extend(f"time {case.name}" for _ in specs)
+        return [Row(s.name, case.name, 1, 1, "no" if s.name == NO_CLOSURE else "") for s in specs]
+
+    def made(spec: Spec, params: Any, features: Any) -> Any:
+        if spec.name == TORCHS and len(params) == 3:
+            raise Unsupported("not again")
+        return SimpleNamespace(step=f"{spec.name} of {len(params)}")
+
+    def count(step: str) -> int:
+        said.append(f"count {step}")
+        return len(step)
+
+    monkeypatch.setattr(measure, "_device", torch.device)
+    monkeypatch.setattr(measure, "_parity", lambda *_: "")
+    monkeypatch.setattr(measure, "_measure", timed)
+    monkeypatch.setattr(measure.turns, "Copy", lambda device: SimpleNamespace(bytes=1))
+    monkeypatch.setattr(contender, "parameters", lambda case, *_: case.shapes)
+    monkeypatch.setattr(contender, "prepare", made)
+    monkeypatch.setattr(contender, "launches", count)
+    optimizers = [OURS, TORCHS, NO_CLOSURE]
+    found = bench(optimizers, ["2x16", "3x16"], device="cuda", launches=launches)
+    of_two, of_three = f"{OURS} of 2", f"{OURS} of 3"
+    counted = [f"count {of_two}", f"count {TORCHS} of 2", f"count {of_three}"]
+    assert said == 3 * ["time 2x16"] + 3 * ["time 3x16"] + (counted if launches else [])
+    counts = [len(of_two), len(f"{TORCHS} of 2"), None, len(of_three), None, None]
+    assert [row.launches for row in found.rows] == (counts if launches else 6 * [None])
 
 
 def test_scales_of_blocks_are_moved_too() -> None:

@@ -1,12 +1,15 @@
 """On a GPU: the bits of the reference on a CPU, for every rule and dtype, however the step is launched.
 
-Needs a CUDA device, and is skipped where there is none; what can be checked without one is in
-``test_cuda_build.py`` and ``test_cuda_on_host.py``.
+Needs a CUDA device, and is skipped where there is none, or fails with ``ADAMFUSED_NEED_GPU=1``; what can be checked
+without one is in ``test_cuda_build.py`` and ``test_cuda_on_host.py``.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +24,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import adamfused
-from adamfused import AdamW, norm
+from adamfused import AdamW, norm, step_in_backward
+
+if os.environ.get("ADAMFUSED_NEED_GPU") == "1" and not torch.cuda.is_available():
+    pytest.fail(f"ADAMFUSED_NEED_GPU=1, but torch {torch.__version__} finds no CUDA device")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +48,20 @@ COPY_DTYPES = {
     torch.complex128: torch.complex64,
 }
 WHOLE = {"max_grad_norm": 2.0, "ema_decay": 0.9, "copies": True}
+
+
+@pytest.fixture(autouse=True)
+def ends_the_process_after_a_fault(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fault of the device stays with its process, and each later test there would fail: pytest-xdist starts anew."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if capture := request.config.pluginmanager.getplugin("capturemanager"):
+            capture.suspend_global_capture()
+        first = str(error).splitlines()[0]
+        print(f"\n{request.node.nodeid} left a fault: {first}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -178,11 +198,13 @@ def test_layouts(form) -> None:
         "expanded gradient": lambda t: t,
     }[form]
     if form == "expanded gradient":
-        grad = grad[:1, :1].expand(2, 3, 4, 5)
+        grad = grad[:1, :1]
     p, q = torch.nn.Parameter(shaped(to_gpu(start))), torch.nn.Parameter(start.clone())
     gpu, cpu = AdamW([p], backend="native"), AdamW([q], backend="reference")
-    for _ in range(3):
-        p.grad, q.grad = to_gpu(grad), grad.clone()
+    for _ in range(3):  # expanded after the copy, which would make it dense
+        p.grad, q.grad = to_gpu(grad).expand_as(p), grad.clone().expand_as(q)
+        if form == "expanded gradient":
+            assert p.grad.stride()[:2] == (0, 0)
         gpu.step()
         cpu.step()
     assert_same(gpu, cpu)
@@ -457,6 +479,33 @@ def test_graph_of_a_step_that_a_grad_scaler_may_skip() -> None:
     assert all(state["step"] == 3 for state in gpu.state.values())
 
 
+@pytest.mark.parametrize("how", ["plain", *STORED])
+def test_graph_of_a_step_after_a_checkpoint(how) -> None:
+    """Loaded from a file by way of the CPU: the counts are on the device again, where the graph moves them on."""
+    dtypes, formats = STORED.get(how, ([torch.float32], {}))
+    several = {"capturable": True} | WHOLE | formats
+    gpu, cpu = pair(CASES["adamw"], dtypes, [5, 5000], **several)
+    run(gpu, cpu, steps=2, specials=0)  # at the third, a gradient is missing
+    file = io.BytesIO()
+    torch.save(gpu.state_dict(), file)
+    file.seek(0)
+    loaded, _ = pair(CASES["adamw"], dtypes, [5, 5000], **several)
+    params = [o.param_groups[0]["params"] for o in (loaded, gpu)]
+    with torch.no_grad():
+        for p, q in zip(*params, strict=True):
+            p.copy_(q)
+            p.grad = q.grad
+    loaded.load_state_dict(torch.load(file, map_location="cpu"))
+    assert {state["step"].device.type for state in loaded.state.values()} == {GPU}
+    graph = captured(loaded.step, loaded.step)
+    cpu.step()
+    for _ in range(3):
+        graph.replay()
+        cpu.step()
+        assert_same(loaded, cpu)
+    assert all(state["step"] == 6 for state in loaded.state.values())
+
+
 @pytest.mark.parametrize("waits", [True, False], ids=["waits for an event", "on the same stream"])
 def test_gradient_made_on_a_side_stream(waits) -> None:
     """The step runs on the current stream: the main one, which waits for the gradient, or the gradient's own."""
@@ -532,6 +581,26 @@ def test_no_synchronisation_in_a_step_that_does_all() -> None:
     assert optimizer.state[params[0]]["step"] == 11
 
 
+def comes_back_first(step: Callable[[], Any]) -> bool:
+    """Whether a step returns while the device is at what was queued before it; torch sees only its own waiting."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # half a second
+    slept = torch.cuda.Event()
+    slept.record()
+    step()
+    return not slept.query()
+
+
+@pytest.mark.parametrize("options", [{}, WHOLE], ids=["plain", "whole"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_host_does_not_wait_for_the_device(capturable, options) -> None:
+    gpu, cpu = pair(CASES["adamw"], [torch.float32], [1000] * 300, capturable, **options)
+    feed(gpu, cpu, 1, specials=0)
+    for _ in range(2):
+        gpu.step()
+    assert comes_back_first(gpu.step)
+
+
 def test_control_an_error_for_norms_that_are_not_finite_has_to_wait() -> None:
     p = torch.nn.Parameter(torch.randn(1000, device=GPU))
     p.grad = torch.randn_like(p)
@@ -539,6 +608,7 @@ def test_control_an_error_for_norms_that_are_not_finite_has_to_wait() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="synchronizing"):
         without_synchronisation(optimizer.step)
+    assert not comes_back_first(optimizer.step)
 
 
 def test_a_thousand_tensors_take_few_launches() -> None:
@@ -580,6 +650,34 @@ def test_tensor_lr(capturable) -> None:
         gpu.step()
         cpu.step()
     assert_same_bits(p.detach().cpu(), q.detach())
+
+
+@pytest.mark.parametrize("on_a_side", [False, True], ids=["main stream", "side stream"])
+@pytest.mark.parametrize("how", STORED)
+def test_step_in_backward(how, on_a_side) -> None:
+    """Gradients that are the same on both devices: of a sum of products, they are the other factors."""
+    dtypes, options = STORED[how]
+    _, cpu = pair(CASES["adamw"], dtypes, [5, 5000, 100_003], ema_decay=0.9, **options)
+    twins = cpu.param_groups[0]["params"]
+    model = torch.nn.ParameterList([to_gpu(q.detach()) for q in twins])
+    make, kwargs = CASES["adamw"]
+    kwargs = kwargs | {"ema_decay": 0.9, "backend": "native"} | options
+    handle = step_in_backward(model, lambda named: make(named, **kwargs))
+    main = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if on_a_side else main
+    stream.wait_stream(main)
+    for t in range(1, 6):
+        rng = np.random.default_rng(t)
+        for q in twins:
+            q.grad = wild(rng, q.numel(), q.dtype, specials=0)
+        with torch.cuda.stream(stream):
+            factors = [to_gpu(q.grad) for q in twins]
+            sum((p * g).sum() for p, g in zip(model, factors, strict=True)).backward()
+            assert all(p.grad is None for p in model)
+            handle.optimizer.step()
+        cpu.step()
+    main.wait_stream(stream)
+    assert_same(handle.optimizer, cpu)
 
 
 @pytest.mark.parametrize("options", [{}, WHOLE], ids=["plain", "whole"])
