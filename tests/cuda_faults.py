@@ -287,8 +287,8 @@ FAULTS_IN_WHAT_IS_CARRIED = {
     ),
     "it moves by another group's numbers": (
         STEP,
-        "hyper_of<typename Rule::Hyper>(job.ready[entry.recipe].recipe)",
-        "hyper_of<typename Rule::Hyper>(job.ready[0].recipe)",
+        "hyper_of<typename Rule::Hyper>(job.ready[entry.recipe].recipe.hyper)",
+        "hyper_of<typename Rule::Hyper>(job.ready[0].recipe.hyper)",
     ),
     "the host's is taken": (STEP, "carried = double(*entry.carried);", "(void)0;"),
     "the first tensor's is taken": (
