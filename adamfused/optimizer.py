@@ -97,7 +97,6 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 self.__dict__.pop("grad_scale", None)
                 self.__dict__.pop("found_inf", None)
                 raise
-            self._averages_begun = True
         return loss
 
     @torch._disable_dynamo
@@ -127,6 +126,8 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             for state in begun:
                 state.pop(EMA)
             raise
+        if groups is self.param_groups:
+            self._averages_begun = True
 
     def _move(
         self,

@@ -282,6 +282,19 @@ def test_a_checkpoint_without_averages_begins_them_with_the_weights(path, source
         assert not torch.equal(b, p)
 
 
+def test_an_overflow_of_the_first_step_leaves_averages_to_the_next(path) -> None:
+    optimizer = build(path, 0, ema_decay=1.0)
+    optimizer.load_state_dict(build(path, 2).state_dict())
+    begun = the_one(optimizer).detach().clone()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    before = everything(optimizer)
+    optimizer.step()
+    assert everything(optimizer) == before
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.step()
+    assert_same_bits(optimizer.state[the_one(optimizer)]["ema"], begun)
+
+
 def test_a_refused_step_begins_no_averages(path) -> None:
     optimizer, source = build(path, 0, ema_decay=0.9), build(path, 2)
     optimizer.load_state_dict(source.state_dict())
