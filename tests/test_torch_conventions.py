@@ -263,6 +263,34 @@ def test_step_in_backward(ours) -> None:
     )
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, adamfused.SGD], ids=["torch", "ours"])
+def test_a_group_is_the_users_own_dict(make) -> None:
+    """What is written into it later counts."""
+    groups = [{"params": parameter(1.0), "lr": 1.0}, {"params": iter([parameter(1.0)]), "lr": 1.0}]
+    optimizer = make(groups[:1])
+    optimizer.add_param_group(groups[1])
+    for group, its in zip(groups, optimizer.param_groups, strict=True):
+        assert its is group
+        group["lr"] = 0.5
+        give_gradient(group["params"][0], torch.ones(1))
+    optimizer.step()
+    assert [group["params"][0].item() for group in groups] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({}, "more than one parameter group"), ({"lr": -1.0}, "Invalid learning rate")],
+    ids=str,
+)
+def test_a_group_that_is_refused_is_as_it_was(more, message) -> None:
+    p = parameter(1.0)
+    optimizer = adamfused.SGD([p])
+    group = {"params": p, **more}
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert group == {"params": p, **more} and len(optimizer.param_groups) == 1
+
+
 @OURS
 def test_count_keeps_going_under_a_bfloat16_default_dtype(ours) -> None:
     torch.set_default_dtype(torch.bfloat16)
