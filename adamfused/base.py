@@ -19,6 +19,7 @@ from .storage import (
     check_options,
     master_problem,
     rounding_problem,
+    seed_of,
     state_dtype_for,
 )
 
@@ -32,6 +33,14 @@ def as_number(x: float | Tensor) -> float:
 def numbers(group: Mapping[str, Any], *keys: str) -> list[float]:
     """Entries of a group as a rule's numbers; a switch is 0 or 1."""
     return [as_number(group[key]) for key in keys]
+
+
+def check_is_ours(what: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, BaseOptimizer):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(
+            f"{what} is of type {kind}; expected an optimizer of adamfused, such as adamfused.AdamW"
+        )
 
 
 def check_lr(lr: float | Tensor) -> None:
@@ -234,6 +243,8 @@ class BaseOptimizer(Optimizer):
         param_group.pop("copy_to", None)
         try:
             super().add_param_group(param_group)
+            if "seed" in param_group:
+                param_group["seed"] = seed_of(param_group)  # as a checkpoint can have it
             if copy_to is not None:
                 self._take_copies(param_group["params"], copy_to)
         except BaseException:

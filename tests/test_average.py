@@ -171,7 +171,7 @@ def test_a_small_change_of_bfloat16_weights_is_not_lost(path) -> None:
 
 @pytest.mark.reference
 @OURS
-@pytest.mark.parametrize("decay", [-0.1, 1.5, NAN, float("inf")])
+@pytest.mark.parametrize("decay", [-0.1, 1.5, NAN, float("inf"), torch.ones(2)], ids=repr)
 def test_decay_is_refused(ours, decay) -> None:
     with pytest.raises(ValueError) as refusal:
         ours([torch.nn.Parameter(torch.ones(1))], ema_decay=decay)
