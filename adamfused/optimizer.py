@@ -255,8 +255,10 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 gathered.append((group, self._full_plan(group), *lists))
         factor = None
         max_norm = self._options.max_grad_norm
-        if max_norm is not None and gathered:
+        if max_norm is not None:
             total = grad_norm
+            if total is None and not gathered:
+                total = torch.zeros((), dtype=torch.float64)
             if total is None:
                 largest = self._options.norm_type == float("inf")
                 all_params = [p for _, _, params, *_ in gathered for p in params]
