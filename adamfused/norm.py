@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checks
 from .rules import larger, root
-from .shards import local, local_gradient
+from .shards import first_flat, local, local_gradient
 
 CHUNK, LANES = 4096, 32
 NORM_TYPES = (2.0, float("inf"))
@@ -153,6 +153,8 @@ def total_norm(
     Raises:
         RuntimeError: if a gradient cannot be read, with ``place`` of its parameter.
     """
+    if (flat := first_flat(params)) is not None:
+        raise RuntimeError(f"{place(flat)}: {checks.FLAT}")
     largest = norm_type == float("inf")
     if native is not None:
         sums, left = native.gradient_sums(params, None, largest)

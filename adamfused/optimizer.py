@@ -17,6 +17,7 @@ from .formats import Random
 from .norm import coefficient
 from .plan import Plan
 from .rules import CARRIED, Now
+from .shards import first_flat
 from .states import Randomness, States
 from .storage import EMA, MASTER, MASTERS, STEP, scale_key
 
@@ -243,6 +244,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             and not self._options.error_if_nonfinite
             and getattr(self, "found_inf", None) is None
             and not self._swapped
+            and (self.max_grad_norm is None or first_flat(p for _, _, p in self._each()) is None)
         )
 
     @torch.no_grad()
