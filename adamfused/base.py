@@ -79,11 +79,17 @@ def check_group_keys(name: str, group: Mapping[str, Any]) -> None:
             f"adamfused.{name} cannot be differentiated through; expected differentiable=False; use torch.optim.{name} "
             "for that"
         )
-    for key in DEFAULTS.keys() - {*GROUP_EXTRAS, "copy_to"}:
-        if key in group and group[key] != DEFAULTS[key]:
+    for key, default in DEFAULTS.items():
+        if key not in (*GROUP_EXTRAS, "copy_to") and group.get(key, default) != default:
+            clip = (
+                ": each rank has some of the parameters only; call torch.nn.utils.clip_grad_norm_ before step()"
+                if key == "max_grad_norm"
+                else ""
+            )
             raise ValueError(
-                f"{name}: a parameter group has {key}={group[key]!r}, which is an option of the whole optimizer; give "
-                "it to the constructor"
+                f"{name}: a parameter group has {key}={group[key]!r}, which is an option of the whole optimizer; "
+                "expected it as an argument of the constructor alone; ZeroRedundancyOptimizer, which makes its "
+                f"arguments keys of groups, cannot have it{clip}"
             )
 
 

@@ -347,6 +347,26 @@ def test_fully_sharded_parameters(ours, one_rank) -> None:
             ), key
 
 
+@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"ema_decay": 0.9}], ids=str)
+def test_zero_redundancy_optimizer_is_told_what_it_cannot_have(option, one_rank) -> None:
+    """It gives its arguments to the constructor, too, so that advice would be of no use."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    ((key, value),) = option.items()
+    with pytest.raises(ValueError) as refusal:
+        ZeroRedundancyOptimizer([parameter(1.0)], optimizer_class=adamfused.SGD, lr=0.1, **option)
+    assert str(refusal.value) == (
+        f"SGD: a parameter group has {key}={value}, which is an option of the whole optimizer; expected it as an "
+        "argument of the constructor alone; ZeroRedundancyOptimizer, which makes its arguments keys of groups, cannot "
+        "have it"
+    ) + (
+        ": each rank has some of the parameters only; call torch.nn.utils.clip_grad_norm_ before step()"
+        if key == "max_grad_norm"
+        else ""
+    )
+    ZeroRedundancyOptimizer([parameter(1.0)], optimizer_class=adamfused.SGD, lr=0.1)
+
+
 def test_adagrad_shares_its_sums() -> None:
     """What another process adds is seen here."""
     p = parameter(1.0, 2.0)
