@@ -175,4 +175,5 @@ class Checkpoints(BaseOptimizer):
             raise ValueError(
                 f"Invalid capturable value: {whole['capturable']!r}; expected True or False"
             )
+        self._check_average(whole)
         return group

@@ -110,6 +110,7 @@ class States(Averaging):
         plan = self._plan(group)
         if self._options.ema_decay is None:
             return plan
+        self._check_average(group)
         return plan._replace(keys=(*plan.keys, EMA))
 
     def _parts(self, p: Any, plan: Plan) -> Parts:

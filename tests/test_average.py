@@ -193,9 +193,18 @@ def test_a_function_cannot_be_asked_for_a_count_that_is_on_a_device() -> None:
     )
     p, q = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     optimizer = AdamW([p], ema_decay=warm_up)
+    saved = AdamW([p], capturable=True).state_dict()
+
+    def step() -> None:
+        assert not optimizer.param_groups[0]["capturable"], "what was refused has changed nothing"
+        optimizer.param_groups[0]["capturable"] = True
+        optimizer.step()
+
     for act in (
         lambda: AdamW([p], ema_decay=warm_up, capturable=True),
         lambda: optimizer.add_param_group({"params": [q], "capturable": True}),
+        lambda: optimizer.load_state_dict(saved),
+        step,
     ):
         with pytest.raises(ValueError) as refusal:
             act()
