@@ -366,14 +366,23 @@ class FusedOptimizer(States, Clipping, Checkpoints):
         )
 
     def _check_capture(self) -> None:
-        """As torch's own, which asks every group for ``capturable``: not all of torch's classes have it."""
-        if all(group.get("capturable", False) for group in self.param_groups):
+        """As torch's own, which asks every group for ``capturable``: not all of torch's classes have it. A count on the
+        host would stand still in the graph."""
+        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if not all(group.get("capturable", False) for group in self.param_groups):
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' "
                 "capturable is False."
             )
+        for _, _, p in self._each():
+            count = self.state.get(p, {}).get(STEP)
+            if p.grad is not None and isinstance(count, Tensor) and count.device != p.device:
+                raise RuntimeError(
+                    f"{self._place(p)}: state '{STEP}' is on {count.device}; expected the parameter's device "
+                    f"{p.device} in a CUDA graph; load the optimizer's own state_dict() before the capture, which "
+                    "moves it there"
+                )
 
     @torch.no_grad()
     def _judge(

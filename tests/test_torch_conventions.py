@@ -416,3 +416,23 @@ def test_a_step_under_capture_asks_for_capturable(make, monkeypatch) -> None:
         optimizer.step()
     assert torch.equal(copies[0], before)
     make([p], lr=0.1, capturable=True).step()
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER, ids=lambda c: c.__name__)
+def test_a_step_under_capture_asks_for_counts_on_the_device(make, monkeypatch) -> None:
+    """Those of steps that were made before the group became capturable are on the host."""
+    p = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = make([parameter(1.0), p])
+    optimizer.state[p]["step"] = torch.tensor(3.0)
+    optimizer.param_groups[0]["capturable"] = True
+    p.grad = torch.zeros_like(p)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError) as refusal:
+        optimizer.step()
+    assert str(refusal.value) == (
+        f"{make.__name__}: parameter 1 of group 0: state 'step' is on cpu; expected the parameter's device meta in a "
+        "CUDA graph; load the optimizer's own state_dict() before the capture, which moves it there"
+    )
+    p.grad = None
+    optimizer.step()
