@@ -95,7 +95,8 @@ class Averaging(BaseOptimizer):
     def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` with the averages in the place of the parameters that this optimizer has.
 
-        The averages keep their dtype, float32 or wider by default; what has no average is as it is in the model.
+        The averages keep their dtype, float32 or wider by default; what has no average is as it is in the model. As in
+        ``model.state_dict()`` they are the tensors themselves, which the next step overwrites.
 
         Raises:
             RuntimeError: without ``ema_decay``.

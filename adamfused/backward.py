@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .base import check_is_ours
 from .optimizer import FusedOptimizer
 
 NamedParameters = list[tuple[str, torch.nn.Parameter]]
@@ -53,7 +54,8 @@ def step_in_backward(
         A handle with the optimizer, at work until its ``remove()``. Keep it or its optimizer.
 
     Raises:
-        TypeError: if ``make_optimizer`` cannot be called, or returns anything but an optimizer of adamfused.
+        TypeError: if ``model`` is no module, or if ``make_optimizer`` cannot be called or returns anything but an
+            optimizer of adamfused.
         ValueError: if the model, the optimizer or ``accumulate`` cannot work this way; the message says why.
 
     Example:
@@ -89,6 +91,10 @@ def step_in_backward(
         raise TypeError(
             f"make_optimizer is of type {type(make_optimizer).__name__}; expected a function of the (name, parameter) "
             "pairs, such as lambda named: adamfused.AdamW(named, lr=1e-3)"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"step_in_backward: model is of type {type(model).__name__}; expected a torch.nn.Module"
         )
     _check_modules(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -274,11 +280,7 @@ def _check_parameters(named: NamedParameters) -> None:
 
 
 def _check_optimizer(optimizer: Any, named: NamedParameters) -> None:
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"make_optimizer returned a {type(optimizer).__module__}.{type(optimizer).__qualname__}; expected an "
-            "optimizer of adamfused, such as adamfused.AdamW: others cannot step one parameter at a time"
-        )
+    check_is_ours("step_in_backward: what make_optimizer returned", optimizer)
     _check_no_clipping(optimizer)
     kind = type(optimizer).__name__
     if not optimizer._step_supports_amp_scaling:

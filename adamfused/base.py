@@ -19,6 +19,7 @@ from .storage import (
     check_options,
     master_problem,
     rounding_problem,
+    seed_of,
     state_dtype_for,
 )
 
@@ -32,6 +33,14 @@ def as_number(x: float | Tensor) -> float:
 def numbers(group: Mapping[str, Any], *keys: str) -> list[float]:
     """Entries of a group as a rule's numbers; a switch is 0 or 1."""
     return [as_number(group[key]) for key in keys]
+
+
+def check_is_ours(what: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, BaseOptimizer):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(
+            f"{what} is of type {kind}; expected an optimizer of adamfused, such as adamfused.AdamW"
+        )
 
 
 def check_lr(lr: float | Tensor) -> None:
@@ -70,11 +79,17 @@ def check_group_keys(name: str, group: Mapping[str, Any]) -> None:
             f"adamfused.{name} cannot be differentiated through; expected differentiable=False; use torch.optim.{name} "
             "for that"
         )
-    for key in DEFAULTS.keys() - {*GROUP_EXTRAS, "copy_to"}:
-        if key in group and group[key] != DEFAULTS[key]:
+    for key, default in DEFAULTS.items():
+        if key not in (*GROUP_EXTRAS, "copy_to") and group.get(key, default) != default:
+            clip = (
+                ": each rank has some of the parameters only; call torch.nn.utils.clip_grad_norm_ before step()"
+                if key == "max_grad_norm"
+                else ""
+            )
             raise ValueError(
-                f"{name}: a parameter group has {key}={group[key]!r}, which is an option of the whole optimizer; give "
-                "it to the constructor"
+                f"{name}: a parameter group has {key}={group[key]!r}, which is an option of the whole optimizer; "
+                "expected it as an argument of the constructor alone; ZeroRedundancyOptimizer, which makes its "
+                f"arguments keys of groups, cannot have it{clip}"
             )
 
 
@@ -190,15 +205,20 @@ class BaseOptimizer(Optimizer):
     # ---- groups -------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in ``torch.optim``. With ``copy_to``, the group has an entry of that name.
+        """Adds a group of parameters, as in ``torch.optim``: the dict itself, in which options may be changed later.
+        With ``copy_to``, the group has an entry of that name, which is taken out.
 
         Raises:
-            ValueError: also if a parameter stands twice in the group: it would be moved twice at once.
+            ValueError: also if a parameter stands twice in the group: it would be moved twice at once. The dict is then
+                as it was.
         """
-        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if not isinstance(param_group, dict):
+            return super().add_param_group(param_group)  # torch's own message
+        params = param_group.get("params")
         if not isinstance(params, (set, type(None))):  # of these speaks torch
-            params = [params] if isinstance(params, Tensor) else list(params)
-            param_group["params"] = params
+            if not isinstance(params, Tensor):
+                param_group["params"] = list(params)  # which may have been an iterator
+            params = [params] if isinstance(params, Tensor) else param_group["params"]
             tensors = [p[1] if isinstance(p, tuple) else p for p in params]
             first: dict[int, int] = {}
             for i, t in enumerate(tensors):
@@ -217,24 +237,27 @@ class BaseOptimizer(Optimizer):
                 if problem := self._format_problem(p, group):
                     place = f"parameter {i} of group {len(self.param_groups)}{name}"
                     raise ValueError(f"{type(self).__name__}: {place}: {problem}")
-        copy_to = None
-        if isinstance(param_group, dict):
-            has_some = next(self._each(), None) is not None
-            copy_to = param_group.get("copy_to")
-            if has_some and bool(self._copies) != (copy_to is not None):
-                raise ValueError(
-                    f"a group is added {'without' if copy_to is None else 'with'} copy_to, to an optimizer that has "
-                    f"{'copies' if self._copies else 'no copies'} of its other parameters; expected a copy of each "
-                    "parameter or of none"
-                )
-            param_group = {key: value for key, value in param_group.items() if key != "copy_to"}
-        super().add_param_group(param_group)
-        if copy_to is not None:
-            try:
-                self._take_copies(self.param_groups[-1]["params"], copy_to)
-            except BaseException:
-                self.param_groups.pop()
-                raise
+        has_some = next(self._each(), None) is not None
+        copy_to = param_group.get("copy_to")
+        if has_some and bool(self._copies) != (copy_to is not None):
+            raise ValueError(
+                f"a group is added {'without' if copy_to is None else 'with'} copy_to, to an optimizer that has "
+                f"{'copies' if self._copies else 'no copies'} of its other parameters; expected a copy of each "
+                "parameter or of none"
+            )
+        before, others = dict(param_group), len(self.param_groups)
+        param_group.pop("copy_to", None)
+        try:
+            super().add_param_group(param_group)
+            if "seed" in param_group:
+                param_group["seed"] = seed_of(param_group)  # as a checkpoint can have it
+            if copy_to is not None:
+                self._take_copies(param_group["params"], copy_to)
+        except BaseException:
+            del self.param_groups[others:]
+            param_group.clear()
+            param_group.update(before)
+            raise
 
     def _each(self) -> Any:
         for j, group in enumerate(self.param_groups):

@@ -14,7 +14,7 @@ from .base import BaseOptimizer
 from .formats import Random, place_key
 from .options import GROUP_EXTRAS
 from .shards import first_number
-from .storage import STEP, check_options, converted, in_float32
+from .storage import STEP, check_options, converted, in_float32, seed_of
 
 _OWN_KEYS = ("state_dtype", "master_weights")  # of a group; what a checkpoint has does not matter
 
@@ -143,7 +143,7 @@ class Checkpoints(BaseOptimizer):
                 raise ValueError(f"{self._place(p)}: {problem}")
             if entry:
                 del states[saved_id]
-                key = place_key(group.get("seed", 0), place)
+                key = place_key(seed_of(group), place)
                 random = Random.at_step(key, float(entry[STEP]), first_number(p) or 0)
                 self._loading[p] = converted(
                     p, entry, group, self._counts(), self._known_states, random
@@ -175,4 +175,5 @@ class Checkpoints(BaseOptimizer):
             raise ValueError(
                 f"Invalid capturable value: {whole['capturable']!r}; expected True or False"
             )
+        self._check_average(whole)
         return group

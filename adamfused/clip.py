@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .base import BaseOptimizer
+from .base import BaseOptimizer, check_is_ours
 from .norm import check_norm, coefficient, total_norm
 
 
@@ -30,8 +30,8 @@ class Clipping(BaseOptimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        check_norm(value, self._options.norm_type)
-        self._options = self._options._replace(max_grad_norm=value)
+        checked = check_norm(value, self._options.norm_type)
+        self._options = self._options._replace(max_grad_norm=checked)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -124,6 +124,7 @@ def grad_norm(optimizers: Iterable[Clipping]) -> Tensor:
     that of the scaled ones, and so is what ``step`` takes. A parameter that several have counts once.
 
     Raises:
+        TypeError: if one of them is not of adamfused.
         ValueError: if there is no optimizer, or if they have different ``norm_type``.
 
     Example:
@@ -139,6 +140,8 @@ def grad_norm(optimizers: Iterable[Clipping]) -> Tensor:
         ...     optimizer.step(grad_norm=norm)
     """
     every = list(optimizers)
+    for i, optimizer in enumerate(every):
+        check_is_ours(f"grad_norm: optimizers[{i}]", optimizer)
     kinds = {optimizer._options.norm_type for optimizer in every}
     if len(kinds) != 1:
         raise ValueError(

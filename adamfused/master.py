@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import formats
+from .base import check_is_ours
 from .optimizer import FusedOptimizer
 from .shards import local
 from .storage import EMA, MASTER, new_master, weight
@@ -25,6 +26,7 @@ def fp32_weights(model: torch.nn.Module, optimizer: FusedOptimizer) -> dict[str,
 
     Raises:
         RuntimeError: inside of ``swap_ema()``.
+        TypeError: if the optimizer is not of adamfused.
         ValueError: if none of the model's parameters is the optimizer's.
 
     Example:
@@ -60,6 +62,7 @@ def load_fp32_weights(
 
     Raises:
         RuntimeError: inside of ``swap_ema()``.
+        TypeError: if the optimizer is not of adamfused.
         ValueError: if none of the model's parameters is the optimizer's, or if a name is missing or unknown or has
             another shape; nothing is written then.
 
@@ -94,6 +97,7 @@ def _with_master(
     model: torch.nn.Module, optimizer: FusedOptimizer, caller: str
 ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """The parameters of the model that have a master, and their groups."""
+    check_is_ours(f"{caller}: optimizer", optimizer)
     if optimizer._swapped:
         raise RuntimeError(
             f"{caller}() inside of swap_ema(), where averaged weights are in the place of the trained ones; expected "

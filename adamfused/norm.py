@@ -18,24 +18,28 @@ from torch import Tensor
 
 from . import checks
 from .rules import larger, root
-from .shards import local, local_gradient
+from .shards import first_flat, local, local_gradient
 
 CHUNK, LANES = 4096, 32
 NORM_TYPES = (2.0, float("inf"))
 
 
-def check_norm(max_grad_norm: float | None, norm_type: float) -> None:
-    if not (
-        max_grad_norm is None or (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0)
-    ):
+def check_norm(max_grad_norm: Any, norm_type: float) -> float | None:
+    """``max_grad_norm`` as a plain number."""
+    try:
+        valid = max_grad_norm is None or bool(max_grad_norm > 0)
+    except (TypeError, ValueError, RuntimeError):  # also of more than one number
+        valid = False
+    if not valid:
         raise ValueError(
-            f"Invalid max_grad_norm value: {max_grad_norm}; expected None (no clipping) or a number above 0"
+            f"Invalid max_grad_norm value: {max_grad_norm!r}; expected None (no clipping) or a number above 0"
         )
     if norm_type not in NORM_TYPES:
         raise ValueError(
             f"Invalid norm_type value: {norm_type}; expected 2.0 or float('inf'); for other norms call "
             "torch.nn.utils.clip_grad_norm_ before step()"
         )
+    return None if max_grad_norm is None else float(max_grad_norm)
 
 
 def coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -149,6 +153,8 @@ def total_norm(
     Raises:
         RuntimeError: if a gradient cannot be read, with ``place`` of its parameter.
     """
+    if (flat := first_flat(params)) is not None:
+        raise RuntimeError(f"{place(flat)}: {checks.FLAT}")
     largest = norm_type == float("inf")
     if native is not None:
         sums, left = native.gradient_sums(params, None, largest)

@@ -17,6 +17,7 @@ from .formats import Random
 from .norm import coefficient
 from .plan import Plan
 from .rules import CARRIED, Now
+from .shards import first_flat
 from .states import Randomness, States
 from .storage import EMA, MASTER, MASTERS, STEP, scale_key
 
@@ -97,7 +98,6 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 self.__dict__.pop("grad_scale", None)
                 self.__dict__.pop("found_inf", None)
                 raise
-            self._averages_begun = True
         return loss
 
     @torch._disable_dynamo
@@ -127,6 +127,8 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             for state in begun:
                 state.pop(EMA)
             raise
+        if groups is self.param_groups:
+            self._averages_begun = True
 
     def _move(
         self,
@@ -242,6 +244,7 @@ class FusedOptimizer(States, Clipping, Checkpoints):
             and not self._options.error_if_nonfinite
             and getattr(self, "found_inf", None) is None
             and not self._swapped
+            and (self.max_grad_norm is None or first_flat(p for _, _, p in self._each()) is None)
         )
 
     @torch.no_grad()
@@ -254,8 +257,10 @@ class FusedOptimizer(States, Clipping, Checkpoints):
                 gathered.append((group, self._full_plan(group), *lists))
         factor = None
         max_norm = self._options.max_grad_norm
-        if max_norm is not None and gathered:
+        if max_norm is not None:
             total = grad_norm
+            if total is None and not gathered:
+                total = torch.zeros((), dtype=torch.float64)
             if total is None:
                 largest = self._options.norm_type == float("inf")
                 all_params = [p for _, _, params, *_ in gathered for p in params]
@@ -361,14 +366,23 @@ class FusedOptimizer(States, Clipping, Checkpoints):
         )
 
     def _check_capture(self) -> None:
-        """As torch's own, which asks every group for ``capturable``: not all of torch's classes have it."""
-        if all(group.get("capturable", False) for group in self.param_groups):
+        """As torch's own, which asks every group for ``capturable``: not all of torch's classes have it. A count on the
+        host would stand still in the graph."""
+        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if not all(group.get("capturable", False) for group in self.param_groups):
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' "
                 "capturable is False."
             )
+        for _, _, p in self._each():
+            count = self.state.get(p, {}).get(STEP)
+            if p.grad is not None and isinstance(count, Tensor) and count.device != p.device:
+                raise RuntimeError(
+                    f"{self._place(p)}: state '{STEP}' is on {count.device}; expected the parameter's device "
+                    f"{p.device} in a CUDA graph; load the optimizer's own state_dict() before the capture, which "
+                    "moves it there"
+                )
 
     @torch.no_grad()
     def _judge(

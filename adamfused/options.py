@@ -122,7 +122,8 @@ class Options(NamedTuple):
     def of(cls, extras: dict[str, Any]) -> Options:
         """Those among ``extras``, with plain numbers. Raises ValueError if one is out of range."""
         options = cls(*(extras[name] for name in cls._fields))
-        check_norm(options.max_grad_norm, options.norm_type)
+        max_norm = check_norm(options.max_grad_norm, options.norm_type)
+        options = options._replace(max_grad_norm=max_norm, norm_type=float(options.norm_type))
         if options.error_if_nonfinite and options.max_grad_norm is None:
             raise ValueError(
                 "error_if_nonfinite=True without max_grad_norm; expected both; max_grad_norm=float('inf') clips nothing"
@@ -135,8 +136,8 @@ class Options(NamedTuple):
 
 def check_ema_decay(decay: Any) -> float:
     try:
-        valid = 0.0 <= decay <= 1.0
-    except TypeError:
+        valid = bool(0.0 <= decay <= 1.0)
+    except (TypeError, ValueError, RuntimeError):  # also of more than one number
         valid = False
     if not valid:
         raise ValueError(f"Invalid ema_decay value: {decay!r}; expected a number from 0 to 1")

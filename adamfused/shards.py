@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ def local(t: Any) -> Any:
     """What a DTensor holds on this rank; anything else as it is."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return t._local_tensor if tensors is not None and isinstance(t, tensors.DTensor) else t
+
+
+def first_flat(params: Iterable[Any]) -> Any:
+    """The first that FullyShardedDataParallel has flattened, whose parts on other ranks nothing tells of; or None."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return next((p for p in params if hasattr(p, "_fsdp_flattened")), None)
 
 
 def local_gradient(p: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .storage import (
     new_scale,
     new_state,
     scale_key,
+    seed_of,
     state_dtype_for,
 )
 
@@ -92,7 +93,7 @@ class States(Averaging):
         scales = {scale_key(key): new_scale(p) for key in keys if state[key].dtype in CODES}
         for key in keys:
             if key != EMA and (number := self._begins_with(group, key)) != 0:
-                fill(p, state[key], scales.get(scale_key(key)), number, group.get("seed", 0))
+                fill(p, state[key], scales.get(scale_key(key)), number, seed_of(group))
         return state, scales
 
     @torch.no_grad()
@@ -109,6 +110,7 @@ class States(Averaging):
         plan = self._plan(group)
         if self._options.ema_decay is None:
             return plan
+        self._check_average(group)
         return plan._replace(keys=(*plan.keys, EMA))
 
     def _parts(self, p: Any, plan: Plan) -> Parts:
@@ -154,7 +156,7 @@ class States(Averaging):
         stochastic = group.get("stochastic_rounding", False)
         if not stochastic and group.get("state_dtype") != "int8":
             return None
-        seed, params = group.get("seed", 0), group["params"]
+        seed, params = seed_of(group), group["params"]
         keys = [_place_key(seed, place + i) for i in range(len(params))]
         # Where the place of a shard has no meaning, nothing is random.
         return Randomness(stochastic, keys, [first_number(p) or 0 for p in params])

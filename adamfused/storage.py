@@ -7,6 +7,7 @@ tensors is told by `adamfused.formats`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,9 +70,19 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"Invalid stochastic_rounding value: {at_random!r}; expected True or False"
         )
+    seed_of(group)
+
+
+def seed_of(group: Mapping[str, Any]) -> int:
+    """The seed of a group as a plain number. Raises ValueError if it is none."""
     seed = group.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if isinstance(seed, bool) or not 0 <= number < 2**64:
         raise ValueError(f"Invalid seed value: {seed!r}; expected an integer from 0 to 2^64 - 1")
+    return number
 
 
 def master_problem(dtype: torch.dtype, kind: str | None) -> str | None:

@@ -171,7 +171,7 @@ def test_a_small_change_of_bfloat16_weights_is_not_lost(path) -> None:
 
 @pytest.mark.reference
 @OURS
-@pytest.mark.parametrize("decay", [-0.1, 1.5, NAN, float("inf")])
+@pytest.mark.parametrize("decay", [-0.1, 1.5, NAN, float("inf"), torch.ones(2)], ids=repr)
 def test_decay_is_refused(ours, decay) -> None:
     with pytest.raises(ValueError) as refusal:
         ours([torch.nn.Parameter(torch.ones(1))], ema_decay=decay)
@@ -193,9 +193,18 @@ def test_a_function_cannot_be_asked_for_a_count_that_is_on_a_device() -> None:
     )
     p, q = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     optimizer = AdamW([p], ema_decay=warm_up)
+    saved = AdamW([p], capturable=True).state_dict()
+
+    def step() -> None:
+        assert not optimizer.param_groups[0]["capturable"], "what was refused has changed nothing"
+        optimizer.param_groups[0]["capturable"] = True
+        optimizer.step()
+
     for act in (
         lambda: AdamW([p], ema_decay=warm_up, capturable=True),
         lambda: optimizer.add_param_group({"params": [q], "capturable": True}),
+        lambda: optimizer.load_state_dict(saved),
+        step,
     ):
         with pytest.raises(ValueError) as refusal:
             act()
@@ -280,6 +289,19 @@ def test_a_checkpoint_without_averages_begins_them_with_the_weights(path, source
     for average, b, p in zip(averages(optimizer), before, model.parameters(), strict=True):
         assert_same_bits(average, b)
         assert not torch.equal(b, p)
+
+
+def test_an_overflow_of_the_first_step_leaves_averages_to_the_next(path) -> None:
+    optimizer = build(path, 0, ema_decay=1.0)
+    optimizer.load_state_dict(build(path, 2).state_dict())
+    begun = the_one(optimizer).detach().clone()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    before = everything(optimizer)
+    optimizer.step()
+    assert everything(optimizer) == before
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.step()
+    assert_same_bits(optimizer.state[the_one(optimizer)]["ema"], begun)
 
 
 def test_a_refused_step_begins_no_averages(path) -> None:

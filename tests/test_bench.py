@@ -642,8 +642,9 @@ def test_a_file_to_be_written_is_not_touched_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--threads", "many"], "--threads: got 'many', expected a whole number above 0"),
-        (["--threads", "0"], "--threads: got '0', expected a whole number above 0"),
+        (["--threads", "many"], "--threads: got 'many', expected a whole number from 1 to 32768"),
+        (["--threads", "0"], "--threads: got '0', expected a whole number from 1 to 32768"),
+        (["--threads", "32769"], "--threads: got '32769', expected a whole number from 1 to 32768"),
         (["--seconds", "nan"], "--seconds: got 'nan', expected a number of seconds above 0"),
         (["--max-regression", "100%"], "--max-regression: got '100', expected 0% to 99%"),
         (["--max-regression", "much"], "--max-regression: got 'much', expected 0% to 99%"),
@@ -661,6 +662,7 @@ def test_a_wrong_number_is_refused_in_words(
     "arguments, message",
     [
         (["--sizes", "many"], "'many' is no size"),
+        (["--sizes", ""], "cases: got none, expected at least one, such as '1e7'"),
         (["--max-regression", "5%"], "--max-regression compares with an old report; give it with"),
         (["--optimizers", "nowhere:Nothing"], "nowhere cannot be imported"),
         (["--dtype", "int32"], "dtype must be float32, float64, bfloat16 or float16; got 'int32'"),

@@ -243,6 +243,17 @@ def test_optimizers_that_have_no_norm_in_common_are_refused() -> None:
         assert str(refusal.value) == f"grad_norm() got {got}; {words}"
 
 
+@pytest.mark.reference
+def test_an_optimizer_of_torch_has_no_norm() -> None:
+    p = parameter(torch.ones(1))
+    with pytest.raises(TypeError) as refusal:
+        adamfused.grad_norm([Adam([p]), torch.optim.Adam([p])])
+    assert str(refusal.value) == (
+        "grad_norm: optimizers[1] is of type torch.optim.adam.Adam; expected an optimizer of adamfused, such as "
+        "adamfused.AdamW"
+    )
+
+
 def test_the_optimizer_whose_gradient_cannot_be_read_is_named(path) -> None:
     good, bad = parameter(torch.ones(2)), parameter(torch.ones(2).to_sparse(), like=torch.ones(2))
     with pytest.raises(
@@ -302,8 +313,8 @@ MAX_NORM = "expected None (no clipping) or a number above 0"
             for t in (1, 3.0, NAN, "inf", None)
         ),
         *(
-            ({"max_grad_norm": m}, f"Invalid max_grad_norm value: {m}; {MAX_NORM}")
-            for m in (0, 0.0, -1.0, NAN, "1")
+            ({"max_grad_norm": m}, f"Invalid max_grad_norm value: {m!r}; {MAX_NORM}")
+            for m in (0, 0.0, -1.0, NAN, "1", torch.ones(2), np.ones(2), np.float32(0))
         ),
     ],
     ids=str,
@@ -312,6 +323,18 @@ def test_argument_is_refused(make, options, message) -> None:
     with pytest.raises(ValueError) as refusal:
         make([parameter(torch.ones(2))], **options)
     assert str(refusal.value) == message
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    "one", [1, np.float32(1), np.int64(1), torch.tensor(1.0), torch.ones(1, dtype=torch.int32)]
+)
+def test_any_number_is_one(one) -> None:
+    made = Adam([parameter(torch.ones(2))], max_grad_norm=one, norm_type=one + 1)
+    later = Adam([parameter(torch.ones(2))], max_grad_norm=3.0)
+    later.max_grad_norm = one
+    for number in (made.max_grad_norm, later.max_grad_norm, made._options.norm_type - 1):
+        assert type(number) is float and number == 1.0
 
 
 def test_max_grad_norm_may_change_between_steps(path) -> None:

@@ -128,8 +128,10 @@ def test_columns_of_one_tensor_as_two_copies(path) -> None:
 def test_a_group_is_added_with_its_copies(path) -> None:
     optimizer = build(path, 1, copy_to=empties())
     more, copy = parameter(9, 3), torch.zeros(3, dtype=torch.float16)
-    optimizer.add_param_group({"params": [more], "copy_to": iter([copy])})
+    group = {"params": [more], "copy_to": iter([copy])}
+    optimizer.add_param_group(group)
     optimizer.step()
+    assert optimizer.param_groups[2] is group
     assert torch.equal(copy, more.half())
     assert "copy_to" not in optimizer.state_dict()["param_groups"][2]
 
@@ -166,9 +168,12 @@ def test_a_group_that_is_added_is_refused(path, name) -> None:
     group, message = ADDED[name]
     optimizer = build(path, 1, copy_to=(copies := empties()))
     before = everything(optimizer), facts(copies)
+    refused = group(parameter(9, 3))
+    as_it_was = dict(refused)
     with pytest.raises(ValueError) as refusal:
-        optimizer.add_param_group(group(parameter(9, 3)))
+        optimizer.add_param_group(refused)
     assert str(refusal.value) == message
+    assert refused == as_it_was
     assert (everything(optimizer), facts(copies)) == before
     optimizer.step()
     assert facts(copies) != before[1]

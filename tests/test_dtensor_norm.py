@@ -231,6 +231,37 @@ def fully_sharded(path: str) -> Any:
     }
 
 
+@check
+def flattened(path: str) -> Any:
+    """What is said where the norm is asked for. Nothing has moved then, and what it says to do works."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    refusals = []
+    for use_orig_params in (True, False):
+        model = FullyShardedDataParallel(
+            net(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        optimizer = AdamW(model.parameters(), backend=path, **TRAINING)
+        model(torch.ones(4, 5)).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        compiled = torch.compile(lambda o=optimizer: o.step(), backend="eager")
+        for act in (
+            optimizer.step,
+            compiled,
+            optimizer.compute_grad_norm,
+            lambda o=optimizer: grad_norm([o]),
+        ):
+            with pytest.raises(RuntimeError) as refusal:
+                act()
+            refusals.append(str(refusal.value))
+        assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
+        optimizer.max_grad_norm = None
+        model.clip_grad_norm_(1.0)
+        optimizer.step()
+        assert not all(map(torch.equal, before, model.parameters()))
+    return refusals
+
+
 def run_as_rank(rank: int, folder: str) -> None:
     """Whatever a check finds or raises, under its name and arguments, in a file."""
     store = f"file://{folder}/store"
@@ -352,6 +383,17 @@ def test_an_infinity_on_one_rank_is_an_error_on_all(found, path) -> None:
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found, path) -> None:
     for unmoved, states, scale in found("an_overflow_on_one_rank", path):
         assert (unmoved, states, scale) == (True, 0, 2.0)
+
+
+def test_flattened_parameters_are_refused(found, path) -> None:
+    expected = (
+        "AdamW: parameter 0 of group 0: FullyShardedDataParallel has flattened it, so a rank knows the norm of its own "
+        "part of the gradients only; expected a whole parameter or a DTensor; call clip_grad_norm_() of the "
+        "FullyShardedDataParallel before step() and leave max_grad_norm out, or use "
+        "torch.distributed.fsdp.fully_shard"
+    )
+    for refusals in found("flattened", path):
+        assert refusals == [expected] * 8
 
 
 def test_fully_sharded_model(found, path) -> None:

@@ -177,6 +177,15 @@ def test_it_is_refused_and_nothing_is_written(path, change, message) -> None:
     assert (everything(optimizer), facts(list(model.buffers()))) == before
 
 
+def test_an_optimizer_of_torch_is_refused() -> None:
+    optimizer: Any = torch.optim.AdamW((model := Net()).parameters())
+    words = "optimizer is of type torch.optim.adamw.AdamW; expected an optimizer of adamfused"
+    with pytest.raises(TypeError, match=f"^fp32_weights: {words}"):
+        fp32_weights(model, optimizer)
+    with pytest.raises(TypeError, match=f"^load_fp32_weights: {words}"):
+        load_fp32_weights(model, optimizer, model.state_dict())
+
+
 @pytest.mark.parametrize("function", ["fp32_weights", "load_fp32_weights"])
 def test_another_model_and_averaged_weights_are_refused(path, function) -> None:
     model = Net()

@@ -101,6 +101,19 @@ def test_a_norm_that_is_given() -> None:
     assert float(traced.grad_norm) == 7.0
 
 
+def test_without_any_gradient() -> None:
+    """The norm is 0, and no longer that of the step before."""
+    eager, traced, *_ = pair()
+    step = compiled(traced)
+    for _ in range(2):
+        eager.step()
+        step()
+        assert_same_bits(eager.grad_norm, traced.grad_norm)
+        eager.zero_grad()
+        traced.zero_grad()
+    assert float(traced.grad_norm) == 0.0
+
+
 def test_max_grad_norm_may_change() -> None:
     eager, traced, *_ = pair()
     step = compiled(traced)

@@ -580,8 +580,8 @@ def stranger() -> torch.nn.Parameter:
         (lambda named: AdamW(named, fused_unscale=False), ValueError,
          "has fused_unscale=False, for a GradScaler that unscales after backward"),
         (lambda named: torch.optim.AdamW(named), TypeError,
-         "returned a torch.optim.adamw.AdamW; expected an optimizer of adamfused"),
-        (lambda named: None, TypeError, "returned a builtins.NoneType; expected an optimizer of adamfused"),
+         "returned is of type torch.optim.adamw.AdamW; expected an optimizer of adamfused"),
+        (lambda named: None, TypeError, "returned is of type builtins.NoneType; expected an optimizer of adamfused"),
         (AdamW([stranger()]), TypeError, "make_optimizer is of type AdamW; expected a function"),
         (lambda named: AdamW(named[1:]), ValueError, "AdamW lacks 'unused' of the model"),
         (lambda named: AdamW(named[-1:]), ValueError,
@@ -666,6 +666,12 @@ def test_a_disabled_grad_scaler_does_nothing() -> None:
         scaler.update()
     train(twin, of_twin, range(2))
     assert_same_result(handle.optimizer, of_twin)
+
+
+def test_a_list_of_parameters_is_refused() -> None:
+    model: Any = list(Net().parameters())
+    with pytest.raises(TypeError, match="model is of type list; expected a torch.nn.Module"):
+        step_in_backward(model, AdamW)
 
 
 @pytest.fixture

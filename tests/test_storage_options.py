@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import EVERY_OPTIMIZER, assert_same_bits, assert_same_result
@@ -199,6 +200,24 @@ AT_RANDOM: dict[str, dict[str, Any]] = {
     "averages of 16 bits": {"stochastic_rounding": True, "ema_decay": 0.9, "ema_dtype": "param"},
 }
 at_random = pytest.mark.parametrize("options", AT_RANDOM.values(), ids=AT_RANDOM.keys())
+
+
+@at_random
+def test_a_seed_of_numpy_is_a_seed(path, options) -> None:
+    """Also in a group and written into it. A checkpoint has a plain number."""
+    ends = []
+    for seed in (5, np.int64(5), torch.tensor(5)):
+        of_all = AdamW(parameters(BF16, BF16), seed=seed, backend=path, **options)
+        of_group = AdamW(
+            [{"params": parameters(BF16, BF16), "seed": seed}], backend=path, **options
+        )
+        for optimizer in (of_all, of_group):
+            assert type(optimizer.state_dict()["param_groups"][0]["seed"]) is int
+        written = AdamW(parameters(BF16, BF16), seed=0, backend=path, **options)
+        written.param_groups[0]["seed"] = seed
+        ends += [train(optimizer, 3) for optimizer in (of_all, of_group, written)]
+    for end in ends[1:]:
+        assert_same_bits(end.param_groups[0]["params"][0], ends[0].param_groups[0]["params"][0])
 
 
 @at_random

@@ -263,6 +263,34 @@ def test_step_in_backward(ours) -> None:
     )
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, adamfused.SGD], ids=["torch", "ours"])
+def test_a_group_is_the_users_own_dict(make) -> None:
+    """What is written into it later counts."""
+    groups = [{"params": parameter(1.0), "lr": 1.0}, {"params": iter([parameter(1.0)]), "lr": 1.0}]
+    optimizer = make(groups[:1])
+    optimizer.add_param_group(groups[1])
+    for group, its in zip(groups, optimizer.param_groups, strict=True):
+        assert its is group
+        group["lr"] = 0.5
+        give_gradient(group["params"][0], torch.ones(1))
+    optimizer.step()
+    assert [group["params"][0].item() for group in groups] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({}, "more than one parameter group"), ({"lr": -1.0}, "Invalid learning rate")],
+    ids=str,
+)
+def test_a_group_that_is_refused_is_as_it_was(more, message) -> None:
+    p = parameter(1.0)
+    optimizer = adamfused.SGD([p])
+    group = {"params": p, **more}
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert group == {"params": p, **more} and len(optimizer.param_groups) == 1
+
+
 @OURS
 def test_count_keeps_going_under_a_bfloat16_default_dtype(ours) -> None:
     torch.set_default_dtype(torch.bfloat16)
@@ -319,6 +347,26 @@ def test_fully_sharded_parameters(ours, one_rank) -> None:
             ), key
 
 
+@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"ema_decay": 0.9}], ids=str)
+def test_zero_redundancy_optimizer_is_told_what_it_cannot_have(option, one_rank) -> None:
+    """It gives its arguments to the constructor, too, so that advice would be of no use."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    ((key, value),) = option.items()
+    with pytest.raises(ValueError) as refusal:
+        ZeroRedundancyOptimizer([parameter(1.0)], optimizer_class=adamfused.SGD, lr=0.1, **option)
+    assert str(refusal.value) == (
+        f"SGD: a parameter group has {key}={value}, which is an option of the whole optimizer; expected it as an "
+        "argument of the constructor alone; ZeroRedundancyOptimizer, which makes its arguments keys of groups, cannot "
+        "have it"
+    ) + (
+        ": each rank has some of the parameters only; call torch.nn.utils.clip_grad_norm_ before step()"
+        if key == "max_grad_norm"
+        else ""
+    )
+    ZeroRedundancyOptimizer([parameter(1.0)], optimizer_class=adamfused.SGD, lr=0.1)
+
+
 def test_adagrad_shares_its_sums() -> None:
     """What another process adds is seen here."""
     p = parameter(1.0, 2.0)
@@ -368,3 +416,23 @@ def test_a_step_under_capture_asks_for_capturable(make, monkeypatch) -> None:
         optimizer.step()
     assert torch.equal(copies[0], before)
     make([p], lr=0.1, capturable=True).step()
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER, ids=lambda c: c.__name__)
+def test_a_step_under_capture_asks_for_counts_on_the_device(make, monkeypatch) -> None:
+    """Those of steps that were made before the group became capturable are on the host."""
+    p = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = make([parameter(1.0), p])
+    optimizer.state[p]["step"] = torch.tensor(3.0)
+    optimizer.param_groups[0]["capturable"] = True
+    p.grad = torch.zeros_like(p)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError) as refusal:
+        optimizer.step()
+    assert str(refusal.value) == (
+        f"{make.__name__}: parameter 1 of group 0: state 'step' is on cpu; expected the parameter's device meta in a "
+        "CUDA graph; load the optimizer's own state_dict() before the capture, which moves it there"
+    )
+    p.grad = None
+    optimizer.step()

@@ -27,6 +27,7 @@ __all__ = ["Case", "Comparison", "Interval", "Report", "Row", "bench", "compare"
 HELP = "time the steps of any optimizers against each other and against the memory bandwidth"
 OK, SLOWER, UNUSABLE = 0, 1, 2  # exit codes
 MAX_REGRESSION = 0.05
+MAX_THREADS = 2**15
 OPTIMIZERS = "adamfused:AdamW,torch.optim:AdamW[fused=True]"
 SIZES = "1e7"
 
@@ -110,7 +111,7 @@ def _measured(args: argparse.Namespace) -> Report:
         Spec.of(spec, family=None if spec.family else args.family)
         for spec in parse_list(args.optimizers)
     ]
-    given = [text for text in (args.sizes, args.tensors, args.model) if text]
+    given = [text for text in (args.sizes, args.tensors, args.model) if text is not None]
     cases = list(parse_cases(",".join(given or [SIZES])))
     measure = partial(
         bench,
@@ -180,7 +181,7 @@ def _number(text: str, read: Callable[[str], float], low: float, high: float, wh
 
 
 def _count(text: str) -> int:
-    return int(_number(text, int, 1, 2**15, "a whole number above 0"))
+    return int(_number(text, int, 1, MAX_THREADS, f"a whole number from 1 to {MAX_THREADS}"))
 
 
 def _seconds(text: str) -> float:
