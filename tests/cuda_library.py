@@ -123,6 +123,7 @@ class Settings(ctypes.Structure):
         ("largest_grid", c_uint32),
         ("first_block", c_uint32),
         ("launches", c_int64),
+        ("large_arguments", c_int32),
     ]
 
 
@@ -228,6 +229,7 @@ class About(NamedTuple):
     numbers: int
     size: int
     entries: int  # tensors that a launch takes
+    few: int  # and one whose arguments are few, as in a graph
 
 
 class Kernels(Library):
@@ -240,8 +242,8 @@ class Kernels(Library):
         self.threads, self.rounds, self.table = numbers
 
     def about(self, rule: Rule, kind: Kind) -> About:
-        *facts, plain, stored = self._rule(rule, kind.in_double, (), rules.Now(0, 1), None)
-        return About(*facts, stored if kind.stored else plain)
+        *facts, plain, stored, few = self._rule(rule, kind.in_double, (), rules.Now(0, 1), None)
+        return About(*facts, stored if kind.stored else plain, few)
 
     def make(
         self, rule: Rule, in_double: bool, hyper: Sequence[float], now: rules.Now, to: Any
@@ -252,7 +254,7 @@ class Kernels(Library):
     def _rule(
         self, rule: Rule, in_double: bool, hyper: Sequence[float], now: rules.Now, to: Any
     ) -> list[int]:
-        facts, number = (c_int64 * 5)(), rule.number
+        facts, number = (c_int64 * 6)(), rule.number
         numbers = (c_double * 8)(*hyper), (c_double * 5)(*now)
         self.c.host_rule(number, rule.averaged, in_double, facts, *numbers, to)
         return list(facts)

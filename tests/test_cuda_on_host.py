@@ -126,6 +126,21 @@ def test_more_tensors_than_a_launch_takes(kernels: Kernels, rule: Rule, kind: Ki
     assert many(rule, kind, entries, "mixed", factor, (0.0,)).problems(kernels) == []
 
 
+@EACH
+def test_in_a_graph_arguments_are_few(kernels: Kernels, rule: Rule, kind: Kind) -> None:
+    """So launches are more, by the kernels of every format."""
+    few, factor = kernels.about(rule, kind).few, FACTOR if rule.averaged else None
+    cases = [
+        many(rule, kind, few, "mixed", factor, (0.0,)),
+        seams(rule, kind, kernels.tile(STORED), "device", factor),
+    ]
+    tensors = job_of(kernels, rule, kind, [5] * 200)
+    before = kernels.launches(tensors)
+    with kernels.set(large_arguments=False):
+        assert [case.problems(kernels) for case in cases] == [[], []]
+        assert kernels.launches(tensors) == -(-200 // few) > before
+
+
 @EVERY_KIND
 @pytest.mark.parametrize("counts", ["host", "device"])
 @pytest.mark.parametrize("factor", [None, FACTOR], ids=["no factor", "factor"])

@@ -13,4 +13,17 @@ cudaError_t start(void (*kernel)(Argument), uint32_t blocks, uint32_t threads, c
   return cudaGetLastError();
 }
 
+// Whether a launch on a stream may have more than 4,096 bytes of arguments: if the driver knows of them, and no graph
+// is being captured.
+inline bool takes_large_arguments(cudaStream_t stream) {
+  static const bool known = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+  }();
+  cudaStreamCaptureStatus status;
+  if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return known && status == cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // another stream is being captured, which forbids to ask; the launch will say so
+  return false;
+}
+
 }  // namespace adamfused

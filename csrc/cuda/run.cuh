@@ -36,25 +36,25 @@ struct Formats {
   }
 };
 
-template <class Rule, class T, int E, bool stored>
-cudaError_t launch(const Arguments<Rule, stored>& arguments, bool advance, cudaStream_t stream) {
+template <class Rule, class T, int E, bool stored, bool large>
+cudaError_t launch(const Arguments<Rule, stored, large>& arguments, bool advance, cudaStream_t stream) {
   if (advance) {
     const uint32_t blocks = uint32_t(arguments.count + kThreads - 1) / kThreads;
-    const cudaError_t error = start(advance_kernel<Rule, stored>, blocks, kThreads, stream, arguments);
+    const cudaError_t error = start(advance_kernel<Rule, stored, large>, blocks, kThreads, stream, arguments);
     if (error != cudaSuccess) return error;
   }
   const uint32_t tiles = arguments.first_tile[arguments.count];
   if (tiles == 0) return cudaSuccess;  // only empty tensors; an empty grid would be an error
   const uint32_t blocks = tiles < 0x7fffffffu ? tiles : 0x7fffffffu;
-  return start(step_kernel<Rule, T, E, stored>, blocks, kThreads, stream, arguments);
+  return start(step_kernel<Rule, T, E, stored, large>, blocks, kThreads, stream, arguments);
 }
 
-template <class Rule, class T, int E, bool stored>
+template <class Rule, class T, int E, bool stored, bool large>
 cudaError_t run(const Job& job, cudaStream_t stream) {
-  using Args = Arguments<Rule, stored>;
+  using Args = Arguments<Rule, stored, large>;
   constexpr int64_t tile = tile_size<E>;
-  static_assert(sizeof(Args) <= kArgumentBytes, "kernel arguments are limited");
-  Args arguments;  // 32 KB of stack
+  static_assert(sizeof(Args) <= kArgumentBytes<large>, "kernel arguments are limited");
+  Args arguments;  // up to 32 KB of stack
   int32_t last = 0;
   for (int64_t i = 0; i < job.count; ++i) last = job.spans[i].recipe > last ? job.spans[i].recipe : last;
   std::vector<int32_t> place(size_t(last) + 1, -1);  // from Job::rules to Arguments::ready
@@ -67,7 +67,8 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
   arguments.factor = job.factor, arguments.found_inf = job.found_inf;
 
   auto flush = [&]() {
-    cudaError_t error = arguments.count == 0 ? cudaSuccess : launch<Rule, T, E, stored>(arguments, advance, stream);
+    cudaError_t error =
+        arguments.count == 0 ? cudaSuccess : launch<Rule, T, E, stored, large>(arguments, advance, stream);
     for (int32_t i : used) place[size_t(i)] = -1;
     for (int32_t i : recipe_used) recipe_place[size_t(i)] = -1;
     used.clear(), recipe_used.clear();
@@ -79,7 +80,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
     const Span& span = job.spans[s];
     if (span.numel == 0 && span.step == nullptr) continue;  // an empty tensor takes no slot, unless its count must move
     uint64_t tiles = uint64_t((span.numel + tile - 1) / tile);
-    bool full = arguments.count == Args::entries || ready == kTable ||
+    bool full = arguments.count == Args::entries || ready == kTable<large> ||
                 arguments.first_tile[arguments.count] + tiles > 0xffffffffull;
     if (full)
       if (cudaError_t error = flush(); error != cudaSuccess) return error;
@@ -116,11 +117,16 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
 
 template <class RuleOfFloat, class RuleOfDouble>
 cudaError_t run_in(const Job& job, cudaStream_t stream) {
-  if (job.in_double) return run<RuleOfDouble, double, 4, true>(job, stream);
-  const Formats formats(job, kState + RuleOfFloat::states);
-  if (formats.stored) return run<RuleOfFloat, float, 8, true>(job, stream);
-  return formats.narrowest < 4 ? run<RuleOfFloat, float, 8, false>(job, stream)
-                               : run<RuleOfFloat, float, 4, false>(job, stream);
+  if (kKnowsLarge && takes_large_arguments(stream)) {
+    if (job.in_double) return run<RuleOfDouble, double, 4, true, kKnowsLarge>(job, stream);
+    const Formats formats(job, kState + RuleOfFloat::states);
+    if (formats.stored) return run<RuleOfFloat, float, 8, true, kKnowsLarge>(job, stream);
+    return formats.narrowest < 4 ? run<RuleOfFloat, float, 8, false, kKnowsLarge>(job, stream)
+                                 : run<RuleOfFloat, float, 4, false, kKnowsLarge>(job, stream);
+  }
+  // The kernels of every format are enough.
+  return job.in_double ? run<RuleOfDouble, double, 4, true, false>(job, stream)
+                       : run<RuleOfFloat, float, 8, true, false>(job, stream);
 }
 
 // One file compiles the rules, and another the rules with an average of the weights, side by side.

@@ -12,14 +12,13 @@ constexpr int kRounds = 4;  // times a thread goes round within a tile
 template <int E>
 constexpr int tile_size = kThreads * E * kRounds;
 
-// Kernel arguments may take 32,764 bytes since CUDA 12.1, 4,096 before.
-#if CUDART_VERSION >= 12010
-constexpr int kArgumentBytes = 32764;
-constexpr int kTable = 64;
-#else
-constexpr int kArgumentBytes = 4096;
-constexpr int kTable = 8;
-#endif
+// Kernel arguments may take 32,764 bytes since CUDA 12.1, 4,096 before. And in a graph: drivers, at least those of
+// 2024, crash where more are captured (https://github.com/openxla/xla/pull/19252), which is why torch does not either.
+constexpr bool kKnowsLarge = CUDART_VERSION >= 12010;
+template <bool large>
+constexpr int kArgumentBytes = large ? 32764 : 4096;
+template <bool large>
+constexpr int kTable = large ? 64 : 8;
 
 // What an entry has besides for formats that are not plain.
 template <class Rule, bool stored>
@@ -39,7 +38,7 @@ struct Carrying<true> {
   float* carried;
 };
 
-template <class Rule, bool stored>
+template <class Rule, bool stored, bool large>
 struct Arguments {
   static constexpr int parts = kState + Rule::states;
   struct Entry : Besides<Rule, stored>, Carrying<Carried<typename Rule::Hyper>::any> {
@@ -54,10 +53,11 @@ struct Arguments {
     Rule rule;
     Recipe recipe;
   };
-  static constexpr int entries = int((kArgumentBytes - kTable * sizeof(Ready) - 32) / (sizeof(Entry) + 4));
+  static constexpr int entries =
+      int((kArgumentBytes<large> - kTable<large> * sizeof(Ready) - 32) / (sizeof(Entry) + 4));
 
   Entry entry[entries];
-  Ready ready[kTable];
+  Ready ready[kTable<large>];
   uint32_t first_tile[entries + 1];
   int32_t count;
   const double* factor;    // as in Job
@@ -99,8 +99,8 @@ __device__ bool overflowed(const Arguments& job) {
 }
 
 // Before the step: the counts that lie on the device move on by one, and what is carried beside them moves with them.
-template <class Rule, bool stored>
-__global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
+template <class Rule, bool stored, bool large>
+__global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored, large> job) {
   int s = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (s >= job.count || job.entry[s].step == nullptr || overflowed(job)) return;
   const auto& entry = job.entry[s];
@@ -113,8 +113,8 @@ __global__ void advance_kernel(const __grid_constant__ Arguments<Rule, stored> j
 }
 
 // To fit two blocks into a multiprocessor where a few registers are missing, the compiler would spill; one is enough.
-template <class Rule, class T, int E, bool stored>
-__global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant__ Arguments<Rule, stored> job) {
+template <class Rule, class T, int E, bool stored, bool large>
+__global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant__ Arguments<Rule, stored, large> job) {
   constexpr int parts = kState + Rule::states;
   __shared__ Rule made;
   if (overflowed(job)) return;

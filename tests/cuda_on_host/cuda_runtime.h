@@ -63,6 +63,7 @@ static struct Settings {
   uint32_t largest_grid = 0xffffffffu;  // a grid that is larger is cut, so that a block takes several tiles
   uint32_t first_block = 0;             // the blocks before it do not run: their memory may be missing
   int64_t launches = 0;                 // counted here
+  int32_t large_arguments = true;       // as where no graph is captured
 } settings;
 
 // Which of n comes i-th. The factor is a prime, and larger than n, so that every one comes once.

@@ -9,10 +9,10 @@
 #define ADAMFUSED_RULES(RULE) RULE(ONLY, "")
 #include "cuda/step.cuh"
 namespace adamfused::cuda {
-template <class Rule, class T, int E, bool stored>
-void only_kernel(const Arguments<Rule, stored> job) {
+template <class Rule, class T, int E, bool stored, bool large>
+void only_kernel(const Arguments<Rule, stored, large> job) {
   if constexpr (Rule::averages && same<T, float> && (E == 4 || stored))
-    step_kernel<Rule, T, E, stored>(job);
+    step_kernel<Rule, T, E, stored, large>(job);
   else
     cuda_on_host::machine.fail("this kernel was left out");
 }
@@ -29,7 +29,9 @@ template <class Rule>
 void about(int64_t* facts, const double* numbers, const cuda::Now* now, void* rule) {
   int64_t* fact = facts;
   for (size_t x : {size_t(Rule::states), sizeof(typename Rule::Hyper) / sizeof(double), sizeof(Rule),
-                   size_t(cuda::Arguments<Rule, false>::entries), size_t(cuda::Arguments<Rule, true>::entries)})
+                   size_t(cuda::Arguments<Rule, false, cuda::kKnowsLarge>::entries),
+                   size_t(cuda::Arguments<Rule, true, cuda::kKnowsLarge>::entries),
+                   size_t(cuda::Arguments<Rule, true, false>::entries)})
     *fact++ = int64_t(x);
   if (rule == nullptr) return;
   typename Rule::Hyper hyper;
@@ -47,7 +49,7 @@ const char* host_run(const Job* job) { return cuda_run(*job, nullptr); }
 
 const char* host_self_test() { return cuda_self_test(); }
 
-// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch of plain numbers and of any. Makes one where `rule` says.
+// Of a rule: its states, the numbers it is made from, its size, the tensors of a launch of plain numbers, of any, and with few arguments. Makes one where `rule` says.
 void host_rule(RuleId which, bool averaged, bool in_double, int64_t* facts, const double* hyper, const cuda::Now* now,
                void* rule) {
   using namespace cuda;
@@ -75,6 +77,6 @@ void host_facts(int64_t* fact) {
   put({sizeof(Job), offsetof(Job, rule), offsetof(Job, averaged), offsetof(Job, in_double), offsetof(Job, spans)});
   put({offsetof(Job, count), offsetof(Job, rules), offsetof(Job, recipes), offsetof(Job, factor)});
   put({offsetof(Job, found_inf), offsetof(Job, first_tile)});
-  put({size_t(cuda::kThreads), size_t(cuda::kRounds), size_t(cuda::kTable)});
+  put({size_t(cuda::kThreads), size_t(cuda::kRounds), size_t(cuda::kTable<cuda::kKnowsLarge>)});
 }
 }
