@@ -32,7 +32,13 @@ CONTENTS: dict[str, list[str]] = {
         ),
     ],
     "Develop": ["CONTRIBUTING", "docs/adding_an_optimizer", "CHANGELOG"],
-    "Studies": ["docs/int8", "docs/parity_report", "docs/parity_others", "benchmarks/README"],
+    "Studies": [
+        "docs/int8",
+        "docs/cuda",
+        "docs/parity_report",
+        "docs/parity_others",
+        "benchmarks/README",
+    ],
 }
 
 # ---- What Sphinx reads -------------------------------------------------------------------------
