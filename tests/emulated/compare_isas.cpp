@@ -103,6 +103,14 @@ Kind number() {
   return {sizeof(typename Format::Rest), put<Format>, bits<Format>};
 }
 
+// Of codes: zero, or the power of two of a number, in the range of scales.
+void put_scale(void* to, double x) {
+  const uint32_t power = host::bits_of(float(x)) & host::kInfinity;
+  const uint32_t some = host::larger(host::smaller(power, host::kMostScale), host::kLeastScale);
+  memcpy(to, power == 0 ? &power : &some, sizeof power);
+}
+Kind scale() { return {sizeof(float), put_scale, bits<host::F32>}; }
+
 template <class Rest>
 Kind raw() {
   return {sizeof(Rest), nullptr, [](const void* from) { return uint64_t(*static_cast<const Rest*>(from)); }};
@@ -141,8 +149,8 @@ const struct FormatFacts {
     {"Split8", number<host::BF16>(), raw<int8_t>()},
     {"MasterBF16", number<host::BF16>(), number<host::F32>()},
     {"MasterF16", number<host::F16>(), number<host::F32>()},
-    {"SignedCode", raw<int8_t>(), number<host::F32>()},
-    {"UnsignedCode", raw<uint8_t>(), number<host::F32>()},
+    {"SignedCode", raw<uint8_t>(), scale()},
+    {"UnsignedCode", raw<uint8_t>(), scale()},
 };
 static_assert(sizeof kFormatFacts / sizeof *kFormatFacts == kFormats,
               "every format, in the order of ADAMFUSED_FORMATS");
