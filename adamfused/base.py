@@ -216,9 +216,10 @@ class BaseOptimizer(Optimizer):
             return super().add_param_group(param_group)  # torch's own message
         params = param_group.get("params")
         if not isinstance(params, (set, type(None))):  # of these speaks torch
-            if not isinstance(params, Tensor):
-                param_group["params"] = list(params)  # which may have been an iterator
-            params = [params] if isinstance(params, Tensor) else param_group["params"]
+            if isinstance(params, Tensor):
+                params = [params]
+            else:
+                params = param_group["params"] = list(params)  # which may have been an iterator
             tensors = [p[1] if isinstance(p, tuple) else p for p in params]
             first: dict[int, int] = {}
             for i, t in enumerate(tensors):

@@ -203,13 +203,6 @@ def _parts(
     return parts + [_Part(scale_key(key), shape, torch.float32) for key in coded]
 
 
-FLAT = (
-    "FullyShardedDataParallel has flattened it, so a rank knows the norm of its own part of the gradients only; "
-    "expected a whole parameter or a DTensor; call clip_grad_norm_() of the FullyShardedDataParallel before step() and "
-    "leave max_grad_norm out, or use torch.distributed.fsdp.fully_shard"
-)
-"""Of a parameter that the norm of the gradients is asked for."""
-
 _ANEW = "load a checkpoint that fits, or drop this parameter's state to begin anew"
 
 

@@ -276,10 +276,8 @@ def _scale_for(largest: Tensor, code: Code) -> Tensor:
     return _float_of(((_bits(largest) + 0x1FFFFF + c) & _INF).clamp(_LEAST, _MOST))
 
 
-_LEAST, _MOST = (
-    0x12800000,
-    0x7F000000,
-)  # 2^-90, 2^127: so c and what the top code means are normal numbers
+# 2^-90 and 2^127: so c and what the top code means are normal numbers.
+_LEAST, _MOST = 0x12800000, 0x7F000000
 
 
 def are_scales(numbers: Tensor) -> bool:

@@ -154,7 +154,12 @@ def total_norm(
         RuntimeError: if a gradient cannot be read, with ``place`` of its parameter.
     """
     if (flat := first_flat(params)) is not None:
-        raise RuntimeError(f"{place(flat)}: {checks.FLAT}")
+        raise RuntimeError(
+            f"{place(flat)}: FullyShardedDataParallel has flattened it, so a rank knows the norm of its own part of "
+            "the gradients only; expected a whole parameter or a DTensor; call clip_grad_norm_() of the "
+            "FullyShardedDataParallel before step() and leave max_grad_norm out, or use "
+            "torch.distributed.fsdp.fully_shard"
+        )
     largest = norm_type == float("inf")
     if native is not None:
         sums, left = native.gradient_sums(params, None, largest)

@@ -27,9 +27,9 @@ ADAMFUSED_HD uint32_t mix(uint32_t x) {
 // The word of an element. What makes it random is mostly the key: here it only has to differ from those near it, and
 // only the upper bits count.
 constexpr uint32_t kGolden = 0x9e3779b9;  // 2^32 over the golden ratio, odd
-template <class W>
+template <uint32_t apart = kGolden, class W>
 ADAMFUSED_HD W counter_at(W index, uint32_t key) {
-  return index * kGolden + key;
+  return index * apart + key;
 }
 template <class W>
 ADAMFUSED_HD W word_of(W counter) {
@@ -47,7 +47,7 @@ constexpr uint32_t kRoot2 = 0x6a09e667;  // 2^32 times the root of 2, less 1; od
 ADAMFUSED_HD uint32_t key_of_dither(uint32_t param, uint32_t t) { return param + t * kGolden; }
 template <class W>
 ADAMFUSED_HD W dither_at(W index, uint32_t key) {
-  return index * kRoot2 + key;
+  return counter_at<kRoot2>(index, key);
 }
 
 struct Nothing {};

@@ -18,37 +18,28 @@ ADAMFUSED_INLINE void ask_for_line(const Rest* x) {
   for (size_t at = 0; at < kLine * sizeof(Rest); at += 64) ask_for(reinterpret_cast<const char*>(x) + at);
 }
 
-// The random words of lines that follow one another.
-class Words {
+// The counters of lines that follow one another.
+template <uint32_t apart>
+class Counters {
  public:
-  Words() = default;
-  Words(uint32_t key, uint32_t index) {
+  Counters(uint32_t key, uint32_t index) {
     Word place;
     for (int i = 0; i < kWords; ++i) place[i] = place_of(i);
-    next_ = counter_at(place + index, key);
+    next_ = counter_at<apart>(place + index, key);
   }
   // Those of a line's j-th vector.
-  Word of(int j) const { return word_of(next_ + uint32_t(j) * kVectorStep * kGolden); }
-  void next_line() { next_ += uint32_t(kLine) * kGolden; }
+  Word of(int j) const { return next_ + uint32_t(j) * kVectorStep * apart; }
+  void next_line() { next_ += uint32_t(kLine) * apart; }
 
  private:
   Word next_;
 };
 
-// The same for codes.
-class Dither {
- public:
-  Dither() = default;
-  Dither(uint32_t key, uint32_t index) {
-    Word place;
-    for (int i = 0; i < kWords; ++i) place[i] = place_of(i);
-    next_ = dither_at(place + index, key);
-  }
-  Word of(int j) const { return next_ + uint32_t(j) * kVectorStep * kRoot2; }
-  void next_line() { next_ += uint32_t(kLine) * kRoot2; }
-
- private:
-  Word next_;
+// What codes are rounded by, and the random words of other formats.
+using Dither = Counters<kRoot2>;
+struct Words : Counters<kGolden> {
+  using Counters::Counters;
+  Word of(int j) const { return word_of(Counters::of(j)); }
 };
 
 // A line of floats from a part as it rests. `scale` is that of codes, which are known to be of finite numbers if so

@@ -34,6 +34,8 @@ constexpr uint32_t kVectorStep = 4;
 
 using Short = Vector<uint16_t>;  // all of a line
 typedef int16_t SignedShort __attribute__((vector_size(ADAMFUSED_VECTOR)));
+ADAMFUSED_INLINE Short smaller(Short a, Short b) { return a < b ? a : b; }
+ADAMFUSED_INLINE Short larger(Short a, Short b) { return a > b ? a : b; }
 
 #if ADAMFUSED_VECTOR == 32
 using Bits = __m256i;
@@ -52,8 +54,6 @@ ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
 ADAMFUSED_INLINE bool any_from(uint16_t least, Short x) {
   return _mm256_movemask_epi8(_mm256_cmpgt_epi16((Bits)x, (Bits)(Short{} + uint16_t(least - 1)))) != 0;
 }
-ADAMFUSED_INLINE Short smaller(Short a, Short b) { return (Short)_mm256_min_epu16((Bits)a, (Bits)b); }
-ADAMFUSED_INLINE Short larger(Short a, Short b) { return (Short)_mm256_max_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 ADAMFUSED_INLINE Short load_bytes(const uint8_t* from) { return (Short)_mm256_cvtepu8_epi16(load_128(from)); }
 ADAMFUSED_INLINE Short load_bytes(const int8_t* from) { return (Short)_mm256_cvtepi8_epi16(load_128(from)); }
@@ -98,8 +98,6 @@ ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
 ADAMFUSED_INLINE bool any_from(uint16_t least, Short x) {
   return _mm512_cmpge_epu16_mask((Bits)x, (Bits)(Short{} + least)) != 0;
 }
-ADAMFUSED_INLINE Short smaller(Short a, Short b) { return (Short)_mm512_min_epu16((Bits)a, (Bits)b); }
-ADAMFUSED_INLINE Short larger(Short a, Short b) { return (Short)_mm512_max_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 ADAMFUSED_INLINE Short load_bytes(const uint8_t* from) { return (Short)_mm512_cvtepu8_epi16(load_256(from)); }
 ADAMFUSED_INLINE Short load_bytes(const int8_t* from) { return (Short)_mm512_cvtepi8_epi16(load_256(from)); }

@@ -117,7 +117,7 @@ cudaError_t run(const Job& job, cudaStream_t stream) {
 
 template <class RuleOfFloat, class RuleOfDouble>
 cudaError_t run_in(const Job& job, cudaStream_t stream) {
-  if (kKnowsLarge && takes_large_arguments(stream)) {
+  if (kKnowsLarge && takes_large_arguments(stream)) {  // an older nvcc must not come to see such kernels
     if (job.in_double) return run<RuleOfDouble, double, 4, true, kKnowsLarge>(job, stream);
     const Formats formats(job, kState + RuleOfFloat::states);
     if (formats.stored) return run<RuleOfFloat, float, 8, true, kKnowsLarge>(job, stream);

@@ -34,9 +34,7 @@ void about(int64_t* facts, const double* numbers, const cuda::Now* now, void* ru
                    size_t(cuda::Arguments<Rule, true, false>::entries)})
     *fact++ = int64_t(x);
   if (rule == nullptr) return;
-  typename Rule::Hyper hyper;
-  memcpy(&hyper, numbers, sizeof hyper);
-  const Rule made = Rule::prepare(hyper, *now);
+  const Rule made = Rule::prepare(cuda::hyper_of<typename Rule::Hyper>(numbers), *now);
   memcpy(rule, &made, sizeof made);
 }
 
