@@ -101,17 +101,16 @@ class Random(NamedTuple):
     def words(self, n: int, device: torch.device) -> Tensor:
         """``n`` words, one an element: others each step."""
         key = mix(mix(self.key ^ self.t) ^ (self.slot * _GOLDEN & _WORD))
-        counter = (self._index(n, device) * _GOLDEN + key) & _WORD
+        i = torch.arange(n, dtype=torch.int64, device=device) + self.first
+        counter = (i * _GOLDEN + key) & _WORD
         return ((counter ^ counter >> 15) * 0x2C1B3C6D) & _WORD
 
     def dither(self, n: int, device: torch.device) -> Tensor:
         """``n`` words, one an element, that each walk through all of their range evenly, from step to step and from
         element to element: after a few, what they rounded up and down evens out better than by chance. All states of an
-        element have the same."""
-        return (self._index(n, device) * _ROOT_2 + self.t * _GOLDEN + self.key) & _WORD
-
-    def _index(self, n: int, device: torch.device) -> Tensor:
-        return (torch.arange(n, dtype=torch.int64, device=device) + self.first) & _WORD
+        element have the same, and so have elements of a block of codes that are 32 apart."""
+        i = torch.arange(n, dtype=torch.int64, device=device) & ~(BLOCK - _PHASES)
+        return ((i + self.first) * _ROOT_2 + self.t * _GOLDEN + self.key) & _WORD
 
 
 # ---- 16 bits, and what lies beside them ----------------------------------------------------------------------------
@@ -194,14 +193,15 @@ def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
 
 
 # ---- 8 bits --------------------------------------------------------------------------------------------------------
-# Codes of 8 bits, and beside them a scale for each block, a power of two. A number's magnitude plus c, which is a part
-# of the scale, is a float32 whose exponent and first three bits of mantissa, counted from those of c, are the code. So
-# codes are evenly spaced up to about c and logarithmically above, zero is one of them, and to encode and to decode
-# takes an addition and shifts. Rounded up and down in turn, because a running average that moves by less than half of a
-# code's step would else stand still.
+# Codes of 8 bits, and beside them a scale for each block, a power of two. A code is a float32's exponent and first three
+# bits of mantissa, counted from those of c, which is a part of the scale. To what has a sign c is added: so its codes
+# are evenly spaced up to about c and logarithmically above, and zero is one of them. What is never negative is c at
+# least, because its root divides; only in a block of zeros, whose scale is zero, it is zero. Rounded up and down in
+# turn, because a running average that moves by less than half of a code's step would else stand still.
 
 BLOCK = 128
 """Consecutive numbers that have one scale."""
+_PHASES = 32  # how many of a block have dithers of their own
 _SHIFT = 20  # what a code leaves out of a float32: all of the mantissa but three bits
 
 
@@ -210,7 +210,8 @@ class Code(NamedTuple):
 
     Args:
         c: of a scale of 1, a power of two.
-        top: the largest code of a finite number; the next one stands for a number that is not.
+        top: the largest code of a finite number. In a block whose scale is marked, the next one stands for a number
+            that is not.
     """
 
     c: float
@@ -237,51 +238,61 @@ def scales_shape(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    code = CODES[codes.dtype]
+    code, signed = CODES[codes.dtype], codes.dtype.is_signed
     byte = codes.reshape(-1).to(torch.int64) & 0xFF
-    c = code.c * scale.reshape(-1).repeat_interleave(BLOCK)[: byte.numel()]
-    magnitude = byte & 0x7F if codes.dtype.is_signed else byte
-    sign = torch.where(byte != magnitude, -1.0, 1.0)
-    x = sign * _float_of((magnitude << _SHIFT) + _bits(c)) - sign * c  # of any sign, 0 is +0
-    special = torch.nan if codes.dtype.is_signed else torch.inf
-    return torch.where(byte == code.special, special, x).view(codes.shape)
+    scale = scale.reshape(-1).repeat_interleave(BLOCK)[: byte.numel()]
+    c = _c_of(scale, code)
+    magnitude = byte & 0x7F if signed else byte
+    x = _float_of((magnitude << _SHIFT) + _bits(c))
+    if signed:
+        sign = torch.where(byte != magnitude, -1.0, 1.0)
+        x = sign * x - sign * c  # of any sign, 0 is +0
+    special = (byte == code.special) & (_bits(scale) & _MARK != 0)
+    return torch.where(special, torch.nan if signed else torch.inf, x).view(codes.shape)
 
 
 def _encode(x: Tensor, codes: Tensor, scale: Tensor, random: Random) -> None:
-    code = CODES[codes.dtype]
+    code, signed = CODES[codes.dtype], codes.dtype.is_signed
     n = x.numel()
     numbers = x.new_zeros(scale.numel(), BLOCK)
     numbers.view(-1)[:n] = x.reshape(-1)
     magnitude = numbers.abs()
     finite = magnitude < torch.inf
     largest = torch.where(finite, magnitude, 0.0).amax(1, keepdim=True)
-    its_scale = _scale_for(largest, code)
-    c = code.c * its_scale
-    words = random.dither(numbers.numel(), x.device).view(numbers.shape)
-    byte = (_bits(magnitude + c) - _bits(c) + (words >> 32 - _SHIFT)) >> _SHIFT
-    byte = byte.clamp(max=code.top)
-    if codes.dtype.is_signed:
+    its_scale = _scale_for(largest, finite.all(1, keepdim=True), signed, code)
+    c = _c_of(its_scale, code)
+    up = random.dither(numbers.numel(), x.device).view(numbers.shape) >> 32 - _SHIFT
+    if signed:
+        byte = (_bits(magnitude + c) + up - _bits(c) >> _SHIFT).clamp(max=code.top)
         byte = _signed(torch.where(numbers.signbit(), byte | 0x80, byte), 8)
     else:
-        byte = torch.where(magnitude > 0, byte.clamp(min=1), byte)  # the root of it divides
+        byte = ((_bits(magnitude) + up).maximum(_bits(c)) - _bits(c) >> _SHIFT).clamp(max=code.top)
     byte = torch.where(finite, byte, code.special)
     codes.copy_(byte.view(-1)[:n].view(x.shape))
     scale.copy_(its_scale.view(scale.shape))
 
 
-def _scale_for(largest: Tensor, code: Code) -> Tensor:
-    """The power of two that is as large or next below; the next above, if the largest plus c is over 1.75 of it, which
-    is the top code. So scales seldom change, and with them what numbers that have not changed are rounded to."""
-    c = int(code.c * 2**23)  # in units of the last place
-    return _float_of(((_bits(largest) + 0x1FFFFF + c) & _INF).clamp(_LEAST, _MOST))
+def _c_of(scale: Tensor, code: Code) -> Tensor:
+    return code.c * _float_of(_bits(scale) & _INF)
+
+
+def _scale_for(largest: Tensor, all_finite: Tensor, signed: bool, code: Code) -> Tensor:
+    """The power of two that is as large as the largest or next below; the next above, if the largest, with c where that
+    is added, is over 1.75 of it, which is the top code. So scales seldom change, and with them what numbers that have
+    not changed are rounded to. Of zeros it is zero; marked if not all of the block are finite."""
+    c = int(code.c * 2**23) if signed else 0  # in units of the last place
+    scale = (_bits(largest) + 0x1FFFFF + c & _INF).clamp(_LEAST, _MOST)
+    return _float_of(torch.where(~all_finite, scale | _MARK, torch.where(largest > 0, scale, 0)))
 
 
 # 2^-90 and 2^127: so c and what the top code means are normal numbers.
 _LEAST, _MOST = 0x12800000, 0x7F000000
+_MARK = 0x400000
 
 
 def are_scales(numbers: Tensor) -> bool:
-    """Whether float32 numbers are scales of codes; 0 is that of zeros."""
+    """Whether float32 numbers are scales of codes: powers of two, or marked ones, or the 0 of zeros."""
     bits = _bits(numbers)
-    right = (bits >= _LEAST) & (bits <= _MOST) & ((bits & ~_INF) == 0)
+    power = bits & ~_MARK
+    right = (power >= _LEAST) & (power <= _MOST) & ((power & ~_INF) == 0)
     return bool((right | (bits == 0)).all())

@@ -45,10 +45,6 @@ ADAMFUSED_HD uint32_t key_of(uint32_t param, uint32_t t, int slot) {
 // what they rounded up and down evens out better than by chance. All states of an element have the same.
 constexpr uint32_t kRoot2 = 0x6a09e667;  // 2^32 times the root of 2, less 1; odd
 ADAMFUSED_HD uint32_t key_of_dither(uint32_t param, uint32_t t) { return param + t * kGolden; }
-template <class W>
-ADAMFUSED_HD W dither_at(W index, uint32_t key) {
-  return counter_at<kRoot2>(index, key);
-}
 
 struct Nothing {};
 
@@ -218,15 +214,27 @@ struct Master {
 using MasterBF16 = Master<BF16>;
 using MasterF16 = Master<F16>;
 
-// Codes of 8 bits, and beside them a scale for each block, a power of two. A number's magnitude plus c, which is a part
-// of the scale, is a float whose exponent and first three bits of mantissa, counted from those of c, are the code. So
-// codes are evenly spaced up to about c and logarithmically above, zero is one of them, and to encode and to decode
-// takes an addition and shifts. Rounded up and down in turn, because a running average that moves by less than half of
-// a code's step would else stand still.
+// Codes of 8 bits, and beside them a scale for each block, a power of two. A code is a float's exponent and first three
+// bits of mantissa, counted from those of c, which is a part of the scale. To what has a sign c is added: so its codes
+// are evenly spaced up to about c and logarithmically above, and zero is one of them. What is never negative is c at
+// least, because its root divides; only in a block of zeros, whose scale is zero, it is zero. Rounded up and down in
+// turn, because a running average that moves by less than half of a code's step would else stand still.
 constexpr int kBlock = 128;
 constexpr int kShift = 20;                    // what a code leaves out of a float: all of the mantissa but three bits
 constexpr uint32_t kLeastScale = 0x12800000,  // 2^-90 and
     kMostScale = 0x7f000000;                  // 2^127: so c and what the top code means are normal numbers
+constexpr uint32_t kMark = 0x400000;  // in the scale of a block some of whose codes are of numbers that are not finite
+
+ADAMFUSED_HD bool is_marked(float scale) { return (bits_of(scale) & kMark) != 0; }
+
+// What a number of a block is raised by before the code leaves out the rest: a dither, with numbers of a block that are
+// 32 apart the same.
+constexpr int kPhases = 32;
+template <class W>
+ADAMFUSED_HD W dither_at(W index, uint32_t key) {
+  return counter_at<kRoot2>(index, key) >> (32 - kShift);
+}
+ADAMFUSED_HD uint32_t phase_of(uint32_t index) { return index & ~uint32_t(kBlock - kPhases); }
 
 template <class Scheme>
 struct Code : Scheme {
@@ -236,48 +244,47 @@ struct Code : Scheme {
   using Scheme::kTop;
   static constexpr uint32_t kSpecial = kTop + 1;
 
-  // Of a code that is not special; and of any.
+  ADAMFUSED_HD static uint32_t c_of(float scale) { return bits_of(kC * float_of(bits_of(scale) & kInfinity)); }
+
+  // Of a finite number's code; and of any.
   template <class W>
   ADAMFUSED_HD static W decode_finite(W code, float scale) {
-    const uint32_t c = bits_of(kC * scale);
+    const uint32_t c = c_of(scale);
     if constexpr (Scheme::kSigned) {
       const W sign = (code & 0x80u) << 24;
       return bits_of(float_of((((code & 0x7fu) << kShift) + c) | sign) - float_of(sign | c));
     } else {
-      return bits_of(float_of((code << kShift) + c) - float_of(c));
+      return (code << kShift) + c;
     }
   }
   template <class W>
   ADAMFUSED_HD static W decode(W code, float scale) {
-    return code == kSpecial ? Scheme::kSpecialBits : decode_finite(code, scale);
+    const uint32_t special = is_marked(scale) ? kSpecial : 256;
+    return code == special ? Scheme::kSpecialBits : decode_finite(code, scale);
   }
-  // What counts for the scale.
-  template <class W>
-  ADAMFUSED_HD static W counted(W magnitude) {
-    return is_finite(magnitude) ? magnitude : 0u;
-  }
-  // The power of two that is as large as the largest that counts or next below; the next above, if the largest plus c
-  // is over 1.75 of it, which is the top code. So scales seldom change, and with them what numbers that have not
-  // changed are rounded to.
-  ADAMFUSED_HD static float scale_for(uint32_t largest) {
-    constexpr uint32_t c = uint32_t(kC * 0x1p23f);  // in units of the last place
-    return float_of(larger(smaller((largest + 0x1fffffu + c) & kInfinity, kMostScale), kLeastScale));
+  // The power of two that is as large as the largest finite magnitude or next below; the next above, if the largest,
+  // with c where that is added, is over 1.75 of it, which is the top code. So scales seldom change, and with them what
+  // numbers that have not changed are rounded to.
+  ADAMFUSED_HD static float scale_for(uint32_t largest, bool all_finite) {
+    constexpr uint32_t c = Scheme::kSigned ? uint32_t(kC * 0x1p23f) : 0;  // in units of the last place
+    const uint32_t scale = larger(smaller((largest + 0x1fffffu + c) & kInfinity, kMostScale), kLeastScale);
+    return float_of(!all_finite ? scale | kMark : largest != 0 ? scale : 0u);
   }
   // Of a finite number, and of any.
   template <class W>
-  ADAMFUSED_HD static W encode_finite(W b, float scale, W word) {
-    const float c = kC * scale;
+  ADAMFUSED_HD static W encode_finite(W b, float scale, W dither) {
+    const uint32_t c = c_of(scale);
     const W magnitude = b & kMagnitude;
-    const W fine = bits_of(float_of(magnitude) + c) - bits_of(c) + (word >> (32 - kShift));
-    const W code = smaller(fine >> kShift, W{} + kTop);
-    if constexpr (Scheme::kSigned)
-      return code | ((b >> 24) & 0x80u);
-    else
-      return larger(code, smaller(magnitude, W{} + 1u));  // the root of it divides
+    if constexpr (Scheme::kSigned) {
+      const W fine = bits_of(float_of(magnitude) + float_of(c)) + dither;
+      return smaller((fine - c) >> kShift, W{} + kTop) | ((b >> 24) & 0x80u);
+    } else {
+      return smaller((larger(magnitude + dither, W{} + c) - c) >> kShift, W{} + kTop);
+    }
   }
   template <class W>
-  ADAMFUSED_HD static W encode(W b, float scale, W word) {
-    return is_finite(b & kMagnitude) ? encode_finite(b, scale, word) : kSpecial;
+  ADAMFUSED_HD static W encode(W b, float scale, W dither) {
+    return is_finite(b & kMagnitude) ? encode_finite(b, scale, dither) : kSpecial;
   }
 };
 
@@ -287,7 +294,7 @@ struct SignedScheme {
   static constexpr float kC = 0x1p-15f;
   static constexpr uint32_t kTop = 126, kSpecialBits = 0x7fc00000;
 };
-// c = 2^-31 of it, for what is never negative; the last code is infinity.
+// c = 2^-31 of it; the last code is infinity.
 struct UnsignedScheme {
   static constexpr bool kSigned = false;
   static constexpr float kC = 0x1p-31f;

@@ -334,7 +334,8 @@ struct Lion {
 };
 
 // What Adam and its kin share: averages of the gradient and of its square, and that decay and update are added and
-// rounded together. Decay is coupled (l2, Adam) or decoupled (decay, AdamW: Loshchilov & Hutter 2019,
+// rounded together. Each has in update() how far the weight moves, told from the states as they are then: so
+// the states of some numbers can be computed before their weights. Decay is coupled (l2, Adam) or decoupled (decay, AdamW: Loshchilov & Hutter 2019,
 // arXiv:1711.05101, Algorithm 2).
 template <class T>
 struct Moments {
@@ -357,13 +358,15 @@ struct Moments {
   ADAMFUSED_HD bool is_usual() const { return !w1.far && !w2.far && l2 == T(0); }
   ADAMFUSED_HD void take_as_usual() { w1.far = w2.far = false, l2 = T(0); }
 
-  // The gradient goes into both, and is returned as the rule sees it.
+  // The gradient as the rule sees it.
   template <class N>
-  ADAMFUSED_HD N gathered(N p, N g, N& m, N& v) const {
-    g = directed(p, g, factor, l2);
+  ADAMFUSED_HD N seen(N p, N g) const {
+    return directed(p, g, factor, l2);
+  }
+  template <class N>
+  ADAMFUSED_HD void gather(N g, N& m, N& v) const {
     m = average(m, g, w1);
     v = average(v, g * g, w2);
-    return g;
   }
   template <class N>
   ADAMFUSED_HD N moved(N p, N move) const {
@@ -388,13 +391,8 @@ struct Adam : Moments<T> {
     return {Moments<T>::prepare(h, now), T(now.lr / c1), T(1.0 / root(c2))};
   }
   template <class N>
-  ADAMFUSED_HD N update(N m, N v) const {
+  ADAMFUSED_HD N update(N, N m, N v) const {
     return step_size * (m / (root(v) * inv_root_c2 + this->eps));
-  }
-  template <class N>
-  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
-    this->gathered(p, g, m, v);
-    p = this->moved(p, update(m, v));
   }
 };
 
@@ -406,10 +404,13 @@ struct AmsGrad : Adam<T> {
 
   ADAMFUSED_HD static AmsGrad prepare(const AdamHyper& h, const Now& now) { return {Adam<T>::prepare(h, now)}; }
   template <class N>
-  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v, N& top) const {
-    this->gathered(p, g, m, v);
+  ADAMFUSED_HD void gather(N g, N& m, N& v, N& top) const {
+    Adam<T>::gather(g, m, v);
     top = larger(top, v);
-    p = this->moved(p, this->update(m, top));
+  }
+  template <class N>
+  ADAMFUSED_HD N update(N g, N m, N, N top) const {
+    return Adam<T>::update(g, m, top);
   }
 };
 
@@ -439,9 +440,8 @@ struct NAdam : Moments<T> {
             T(now.lr * next / (1.0 - now.carried * next)), T(1.0 / root(1.0 - power(h.beta2, int64_t(now.t))))};
   }
   template <class N>
-  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
-    g = this->gathered(p, g, m, v);
-    p = this->moved(p, (of_g * g + of_m * m) / (root(v) * inv_root_c2 + this->eps));
+  ADAMFUSED_HD N update(N g, N m, N v) const {
+    return (of_g * g + of_m * m) / (root(v) * inv_root_c2 + this->eps);
   }
 };
 
@@ -466,11 +466,25 @@ struct RAdam : Moments<T> {
     return {Moments<T>::prepare(h, now), T(size), rectified};
   }
   template <class N>
-  ADAMFUSED_HD void operator()(N& p, N g, N& m, N& v) const {
-    this->gathered(p, g, m, v);
-    p = this->moved(p, step_size * (rectified ? m / (root(v) + this->eps) : m));
+  ADAMFUSED_HD N update(N, N m, N v) const {
+    return step_size * (rectified ? m / (root(v) + this->eps) : m);
   }
 };
+
+template <class Rule>
+inline constexpr bool moves_after = __is_base_of(Moments<float>, Rule) || __is_base_of(Moments<double>, Rule);
+
+// A number through a rule.
+template <class Rule, class N, class... S>
+ADAMFUSED_HD void apply(const Rule& rule, N& p, N g, S&... s) {
+  if constexpr (moves_after<Rule> && !Rule::averages) {
+    g = rule.seen(p, g);
+    rule.gather(g, s...);
+    p = rule.moved(p, rule.update(g, s...));
+  } else {
+    rule(p, g, s...);
+  }
+}
 
 // A rule that also keeps an average of the weights, told of the new ones before they are rounded to the parameter's
 // format. Its first value is the first new weight, as in torch.optim.swa_utils.AveragedModel, be that infinite.
@@ -489,22 +503,22 @@ struct Averaged : Rule<T> {
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& e) const {
-    Rule<T>::operator()(p, g);
+    apply<Rule<T>>(*this, p, g);
     e = averaged(e, p);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& e) const {
-    Rule<T>::operator()(p, g, a);
+    apply<Rule<T>>(*this, p, g, a);
     e = averaged(e, p);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& e) const {
-    Rule<T>::operator()(p, g, a, b);
+    apply<Rule<T>>(*this, p, g, a, b);
     e = averaged(e, p);
   }
   template <class N>
   ADAMFUSED_HD void operator()(N& p, N g, N& a, N& b, N& c, N& e) const {
-    Rule<T>::operator()(p, g, a, b, c);
+    apply<Rule<T>>(*this, p, g, a, b, c);
     e = averaged(e, p);
   }
 };
@@ -518,11 +532,11 @@ template <class Rule, class N, int Room, int E>
 ADAMFUSED_HD void move(const Rule& rule, N (&p)[E], const N (&g)[E], N (&s)[Room][E], int j) {
   constexpr int S = Rule::states;
   static_assert(Room == kRoom<Rule>, "");
-  if constexpr (S == 0) rule(p[j], g[j]);
-  if constexpr (S == 1) rule(p[j], g[j], s[0][j]);
-  if constexpr (S == 2) rule(p[j], g[j], s[0][j], s[1][j]);
-  if constexpr (S == 3) rule(p[j], g[j], s[0][j], s[1][j], s[2][j]);
-  if constexpr (S == 4) rule(p[j], g[j], s[0][j], s[1][j], s[2][j], s[3][j]);
+  if constexpr (S == 0) apply(rule, p[j], g[j]);
+  if constexpr (S == 1) apply(rule, p[j], g[j], s[0][j]);
+  if constexpr (S == 2) apply(rule, p[j], g[j], s[0][j], s[1][j]);
+  if constexpr (S == 3) apply(rule, p[j], g[j], s[0][j], s[1][j], s[2][j]);
+  if constexpr (S == 4) apply(rule, p[j], g[j], s[0][j], s[1][j], s[2][j], s[3][j]);
 }
 
 }  // namespace ADAMFUSED_TARGET

@@ -191,15 +191,25 @@ FAULTS = {
         "other < Places<E>::kNeighbours",
         "other <= Places<E>::kNeighbours",
     ),
-    "what is not finite counts": (
+    "infinity counts for the scale": (
         PACKED,
-        "Format::counted(bits_of(float(x[j])) & kMagnitude)",
-        "bits_of(float(x[j])) & kMagnitude",
+        "if (is_finite(magnitude))",
+        "if (true)",
     ),
     "negative numbers count most": (
         PACKED,
-        "Format::counted(bits_of(float(x[j])) & kMagnitude)",
-        "Format::counted(bits_of(float(x[j])))",
+        "magnitude = bits_of(float(x[j])) & kMagnitude",
+        "magnitude = bits_of(float(x[j]))",
+    ),
+    "a block is not marked": (
+        PACKED,
+        "largest_of_block<E>(special) == 0",
+        "true",
+    ),
+    "each thread marks for itself": (
+        PACKED,
+        "largest_of_block<E>(special) == 0",
+        "special == 0",
     ),
     "codes without their sign": (
         PACKED,
@@ -218,8 +228,13 @@ FAULTS = {
     ),
     "a shard dithers like the first": (
         PACKED,
+        "dither_at(from.first + phase_of(at.index(j)), key)",
+        "dither_at(phase_of(at.index(j)), key)",
+    ),
+    "each number of a block has its own dither": (
+        PACKED,
+        "dither_at(from.first + phase_of(at.index(j)), key)",
         "dither_at(from.first + at.index(j), key)",
-        "dither_at(at.index(j), key)",
     ),
     "every tile has the same words": (
         PACKED,

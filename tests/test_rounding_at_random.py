@@ -171,14 +171,20 @@ def test_dither_is_that_of_the_element_and_of_no_other_parameter() -> None:
         assert not bool((word == Random(place_key(0, 1), t, 0, 2).dither(N, CPU)).any())
 
 
-@pytest.mark.parametrize("name", ["words", "dither"])
 @pytest.mark.parametrize("first", [1, 127, 4096, 2**31 - 3, 2**32 - 3])
-def test_a_shard_has_the_words_that_it_has_in_the_whole(name, first) -> None:
+def test_a_shard_has_the_words_that_it_has_in_the_whole(first) -> None:
     for slot in (0, 2, 3):
-        whole = getattr(Random(KEY, 9, first - 1, slot), name)(100, CPU)
-        shard = getattr(Random(KEY, 9, first, slot), name)(99, CPU)
+        whole = Random(KEY, 9, first - 1, slot).words(100, CPU)
+        shard = Random(KEY, 9, first, slot).words(99, CPU)
         assert torch.equal(shard, whole[1:])
         assert not torch.equal(shard, whole[:-1])
+
+
+@pytest.mark.parametrize("first", [128, 4096, 2**31 - 128, 2**32 - 128])
+def test_a_shard_of_whole_blocks_is_dithered_as_in_the_whole(first) -> None:
+    whole = Random(KEY, 9, first - 128).dither(600, CPU)
+    assert torch.equal(Random(KEY, 9, first).dither(472, CPU), whole[128:])
+    assert not torch.equal(Random(KEY, 9, first + 1).dither(472, CPU), whole[128:])
 
 
 def test_step_counts_are_taken_as_whole_numbers() -> None:

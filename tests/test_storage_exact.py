@@ -218,7 +218,7 @@ INT8, SPLIT8 = {"state_dtype": "int8"}, {"master_weights": "split8"}
 CHANGES: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "other words": (formats, "_GOLDEN", 0x9E3779BB, {"stochastic_rounding": True}),
     "other dither": (formats.Random, "dither", formats.Random.words, INT8),
-    "scales of the largest": (formats, "_scale_for", lambda x, _: x.clamp(min=2.0**-90), INT8),
+    "scales of the largest": (formats, "_scale_for", lambda x, *_: x.clamp(min=2.0**-90), INT8),
     "another c": (
         formats,
         "CODES",

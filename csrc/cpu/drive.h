@@ -84,8 +84,9 @@ void move_lines(const Rule rule, const Parts<T, Rule> at, int64_t n, const Copy 
   int64_t i = 0;
   for (; i + line <= n; i += line) {
     if constexpr (kAsksForPlain) {
-      ask_for(at.g + i), ask_for(at.p + i);
-      for (int k = 0; k < Rule::states; ++k) ask_for(at.s[k] + i);
+      constexpr int ahead = kAhead / sizeof(T);
+      ask_for(at.g + i + ahead), ask_for(at.p + i + ahead);
+      for (int k = 0; k < Rule::states; ++k) ask_for(at.s[k] + i + ahead);
     }
     move_line(rule, at, i, copy);
   }
@@ -119,113 +120,151 @@ using MoveAs = int64_t (*)(Rule, const Places<kState + Rule::states>, int64_t be
 
 #ifdef ADAMFUSED_PAIRS  // what runs anywhere need not be fast
 
-// All states are 8-bit codes: each of the kind that its rule names.
-struct Codes {};
-
-template <class S, class Rule, int k>
-auto format_of() {
-  if constexpr (!same<S, Codes>)
-    return S{};
-  else if constexpr ((Rule::never_negative >> k & 1) != 0)
+// The code that a rule's k-th state has.
+template <class Rule, int k>
+auto code_of() {
+  if constexpr ((Rule::never_negative >> k & 1) != 0)
     return UnsignedCode{};
   else
     return SignedCode{};
 }
-template <class S, class Rule, int k>
-using FormatOf = decltype(format_of<S, Rule, k>());
+template <class Rule, int k>
+using CodeOf = decltype(code_of<Rule, k>());
 
-// Plain blocks, one of each state, to codes.
-template <class Rule>
-ADAMFUSED_INLINE void store_blocks(const float (*from)[kBlock], int n, const Scaling* scaling, const Place* place,
-                                   int64_t at) {
-  Dither dither = place[kState].dither(at);
-  for (int i = 0; i < n; i += kLine) {
-    Word word[2];
-    for (int j = 0; j < 2; ++j) word[j] = dither.of(j) >> (32 - kShift);
-    dither.next_line();
-    for_each<0, Rule::states>([&](auto index) {
-      constexpr int k = index.value;
-      using Format = FormatOf<Codes, Rule, k>;
-      Word b[2];
-      for (int j = 0; j < 2; ++j) __builtin_memcpy(b + j, from[k] + i + j * kWords, sizeof *b);
-      store_codes<Format>(b, scaling[k].scale, word, place[kState + k].rest<Format>(at) + i);
-    });
-  }
-}
-
-// Moves the numbers from `begin` to `end`, whole lines and at first a whole block, of parts in these formats. Stops
-// before a block that has codes of numbers that are not finite. Gives where it stopped. By value, so that what is
-// written cannot be thought to change it.
+// Moves the numbers from `begin` to `end`, whole lines, of parts in these formats. Gives where it stopped. By value, so
+// that what is written cannot be thought to change it.
 template <class P, class G, class S, bool usual, class Rule>
 int64_t move_as(Rule rule, const Places<kState + Rule::states> all, int64_t begin, int64_t end) {
   constexpr int states = Rule::states, room = kRoom<Rule>;
-  constexpr bool coded = same<S, Codes>;
   if constexpr (usual) rule.take_as_usual();
   const Place* const place = all.part;
-  alignas(64) float kept[room][kBlock];
+  const auto* g_rest = place[kGrad].rest<G>(0);
+  auto* p_rest = place[kParam].rest<P>(0);
+  auto* p_beside = place[kParam].below<P>(0);
+  Words words = place[kParam].words(begin);
+  for (int64_t i = begin; i < end; i += kLine) {
+    Float p[kVectors], g[kVectors], s[room][kVectors];
+    ask_for_line(g_rest + i), ask_for_line(p_rest + i);
+    if constexpr (is_joined<P>) ask_for_line(p_beside + i);
+    load_line<G>(g_rest + i, nullptr, 0, g);
+    load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
+    for (int k = 0; k < states; ++k) {
+      const auto* rest = place[kState + k].rest<S>(i);
+      ask_for_line(rest);
+      load_line<S>(rest, nullptr, 0, s[k]);
+    }
+    for (int j = 0; j < kVectors; ++j) move(rule, p, g, s, j);
+    for (int k = 0; k < states; ++k) store_line<S>(s[k], words, place[kState + k].rest<S>(i), nullptr);
+    store_line<P>(p, words, p_rest + i, is_joined<P> ? p_beside + i : nullptr);
+  }
+  return end;
+}
+
+// The work on the j-th states of each kind.
+template <class Rule, int Room, class Work>
+ADAMFUSED_INLINE auto on_states(Float (&s)[Room][kVectors], int j, Work work) {
+  static_assert(Rule::states <= 3, "");
+  if constexpr (Rule::states == 1) return work(s[0][j]);
+  if constexpr (Rule::states == 2) return work(s[0][j], s[1][j]);
+  if constexpr (Rule::states == 3) return work(s[0][j], s[1][j], s[2][j]);
+}
+
+// The same where all states are codes, from a whole block on. Stops before a block that has codes of numbers that are
+// not finite. What is made into codes is kept until all of a block is known. A weight that can wait until then does:
+// so the processor has something to do while it divides.
+template <class P, class G, class Rule>
+int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t begin, int64_t end) {
+  constexpr int states = Rule::states;
+  constexpr bool waits = moves_after<Rule>;
+  rule.take_as_usual();
+  const Place* const place = all.part;
+  alignas(64) float kept[states][kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int n = int(end - at < kBlock ? end - at : kBlock);
     const auto* g_rest = place[kGrad].rest<G>(at);
     auto* p_rest = place[kParam].rest<P>(at);
     auto* p_beside = place[kParam].below<P>(at);
     Words words = place[kParam].words(at);
-    float scale[room] = {};
-    bool finite = true;
-    if constexpr (coded)
-      for_each<0, states>([&](auto index) {
-        constexpr int k = index.value;
-        scale[k] = *place[kState + k].below<FormatOf<S, Rule, k>>(at);
-        finite &= all_finite<FormatOf<S, Rule, k>>(place[kState + k].rest<FormatOf<S, Rule, k>>(at), n);
-      });
-    if (!finite) return at;
-    Word top[room] = {};
+    float scale[states];
+    bool marked = false;
+    for (int k = 0; k < states; ++k) {
+      scale[k] = *place[kState + k].below<SignedCode>(at);
+      marked |= is_marked(scale[k]);
+    }
+    if (marked) return at;
+
+    Word top[states] = {};
     for (int i = 0; i < n; i += kLine) {
-      Float p[kVectors], g[kVectors], s[room][kVectors];
+      Float p[kVectors], g[kVectors], s[states][kVectors];
       ask_for_line(g_rest + i), ask_for_line(p_rest + i);
       if constexpr (is_joined<P>) ask_for_line(p_beside + i);
       load_line<G>(g_rest + i, nullptr, 0, g);
-      load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
+      if constexpr (!waits) load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
-        const auto* rest = place[kState + k].rest<FormatOf<S, Rule, k>>(at) + i;
+        const auto* rest = place[kState + k].rest<CodeOf<Rule, k>>(at) + i;
         ask_for_line(rest);
-        load_line<FormatOf<S, Rule, k>, true>(rest, nullptr, scale[k], s[k]);
+        load_line<CodeOf<Rule, k>, true>(rest, nullptr, scale[k], s[k]);
       });
-      for (int j = 0; j < kVectors; ++j) move(rule, p, g, s, j);
+      for (int j = 0; j < kVectors; ++j) {
+        if constexpr (waits)
+          on_states<Rule>(s, j, [&](auto&... state) { rule.gather(rule.seen(Float{}, g[j]), state...); });
+        else
+          move(rule, p, g, s, j);
+      }
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
-        if constexpr (coded) {
-          for (int j = 0; j < kVectors; ++j) {
-            const Word b = bits_of(s[k][j]);  // a sign where there is none is more than any magnitude
-            top[k] = larger(top[k], FormatOf<S, Rule, k>::kSigned ? b & kMagnitude : b);
-            __builtin_memcpy(kept[k] + i + j * kWords, s[k] + j, sizeof s[k][j]);
-          }
-        } else {
-          store_line<S>(s[k], words, place[kState + k].rest<S>(at) + i, nullptr);
+        for (int j = 0; j < kVectors; ++j) {
+          const Word b = bits_of(s[k][j]);  // a sign where there is none is more than any magnitude
+          top[k] = larger(top[k], CodeOf<Rule, k>::kSigned ? b & kMagnitude : b);
+          store(s[k][j], kept[k] + i + j * kWords);
         }
       });
-      store_line<P>(p, words, p_rest + i, is_joined<P> ? p_beside + i : nullptr);
+      if constexpr (!waits) store_line<P>(p, words, p_rest + i, is_joined<P> ? p_beside + i : nullptr);
     }
-    if constexpr (coded) {
-      Scaling scaling[room];
-      bool plain = true;
+
+    // What is not finite, or above the top code of the largest scale, is for store_block: store_codes then writes
+    // something that does not stay.
+    bool plain = true;
+    for_each<0, states>([&](auto index) {
+      constexpr int k = index.value;
+      using Format = CodeOf<Rule, k>;
+      const uint32_t largest = largest_of(top[k]);
+      plain &= largest < kMostScale;
+      scale[k] = largest < kMostScale ? Format::scale_for(largest, true) : scale_of_block<Format>(kept[k], n);
+      *place[kState + k].below<Format>(at) = scale[k];
+    });
+    const Dither dither = place[kState].dither(at);
+    for (int i = 0; i < n; i += kLine) {
+      Float g[kVectors], s[states][kVectors], p[kVectors], moves[kVectors];
+      for (int k = 0; k < states; ++k)
+        for (int j = 0; j < kVectors; ++j) s[k][j] = load(kept[k] + i + j * kWords);
+      if constexpr (waits) {
+        load_line<G>(g_rest + i, nullptr, 0, g);
+        for (int j = 0; j < kVectors; ++j)
+          moves[j] = on_states<Rule>(s, j, [&](auto... state) { return rule.update(rule.seen(Float{}, g[j]), state...); });
+      }
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
-        using Format = FormatOf<S, Rule, k>;
-        scaling[k] = scaling_of<Format>(kept[k], n, top[k]);
-        *place[kState + k].below<Format>(at) = scaling[k].scale;
-        plain &= scaling[k].plain;
+        store_codes<CodeOf<Rule, k>>(s[k], scale[k], dither.line(i), place[kState + k].rest<CodeOf<Rule, k>>(at) + i);
       });
-      if (plain)
-        store_blocks<Rule>(kept, n, scaling, place, at);
-      else
-        for_each<0, states>([&](auto index) {
-          constexpr int k = index.value;
-          using Format = FormatOf<S, Rule, k>;
-          const Place& state = place[kState + k];
-          store_block<Format>(kept[k], n, scaling[k].scale, state.dither(at), state.rest<Format>(at));
-        });
+      if constexpr (waits) {
+        load_line<P, true>(p_rest + i, p_beside + i, 0, p);
+        for (int j = 0; j < kVectors; ++j) p[j] = rule.moved(p[j], moves[j]);
+        if (is_joined<P> && __builtin_expect(any_nan(bits_of(p[0]), bits_of(p[1])), false)) {
+          load_line<P>(p_rest + i, p_beside + i, 0, p);
+          for (int j = 0; j < kVectors; ++j) p[j] = rule.moved(p[j], moves[j]);
+          store_line<P>(p, words, p_rest + i, p_beside + i);
+        } else {
+          store_line<P, true>(p, words, p_rest + i, p_beside + i);
+        }
+      }
     }
+    if (__builtin_expect(!plain, false))
+      for_each<0, states>([&](auto index) {
+        constexpr int k = index.value;
+        store_block<CodeOf<Rule, k>>(kept[k], n, scale[k], dither, place[kState + k].rest<CodeOf<Rule, k>>(at));
+      });
   }
   return end;
 }
@@ -246,7 +285,7 @@ MoveAs<Rule> with_states(const FormatId* state, bool usual) {
     if (floats && !usual) return move_as<P, G, F32, false, Rule>;
   if constexpr (bytes_too && !Rule::averages && Rule::states > 0) {
     if (bf16 && usual) return move_as<P, G, BF16, true, Rule>;
-    if (codes && usual) return move_as<P, G, Codes, true, Rule>;
+    if (codes && usual) return move_codes<P, G, Rule>;
   }
   return nullptr;
 }

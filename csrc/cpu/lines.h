@@ -6,54 +6,74 @@
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
-// What comes is asked for this many bytes ahead. The processor's own prefetching ends with each page of memory, and a
-// rule has so many instructions that the next page is not in sight when it does.
-constexpr int kAhead = 512;
+// What comes is asked for this many bytes ahead, or numbers that rest in another format. The processor's own prefetching
+// ends with each page of memory, and a rule has so many instructions that the next page is not in sight when it does.
+constexpr int kAhead = 512, kNumbersAhead = 256;
 
-inline void ask_for(const void* x) { __builtin_prefetch(static_cast<const char*>(x) + kAhead); }
+// The empty statement keeps GCC, which takes prefetching for doing nothing, from leaving out the whole call.
+ADAMFUSED_INLINE void ask_for(const void* x) {
+  asm volatile("");
+  __builtin_prefetch(x);
+}
 
 // All of a line that is to come.
 template <class Rest>
 ADAMFUSED_INLINE void ask_for_line(const Rest* x) {
-  for (size_t at = 0; at < kLine * sizeof(Rest); at += 64) ask_for(reinterpret_cast<const char*>(x) + at);
+  for (size_t at = 0; at < kLine * sizeof(Rest); at += 64)
+    ask_for(reinterpret_cast<const char*>(x + kNumbersAhead) + at);
 }
 
-// The counters of lines that follow one another.
-template <uint32_t apart>
-class Counters {
+// The random words of lines that follow one another.
+class Words {
  public:
-  Counters(uint32_t key, uint32_t index) {
+  Words(uint32_t key, uint32_t index) {
     Word place;
     for (int i = 0; i < kWords; ++i) place[i] = place_of(i);
-    next_ = counter_at<apart>(place + index, key);
+    next_ = counter_at(place + index, key);
   }
   // Those of a line's j-th vector.
-  Word of(int j) const { return next_ + uint32_t(j) * kVectorStep * apart; }
-  void next_line() { next_ += uint32_t(kLine) * apart; }
+  Word of(int j) const { return word_of(next_ + uint32_t(j) * kVectorStep * kGolden); }
+  void next_line() { next_ += uint32_t(kLine) * kGolden; }
 
  private:
   Word next_;
 };
 
-// What codes are rounded by, and the random words of other formats.
-using Dither = Counters<kRoot2>;
-struct Words : Counters<kGolden> {
-  using Counters::Counters;
-  Word of(int j) const { return word_of(Counters::of(j)); }
-};
+// What the codes of a block are dithered by.
+class Dither {
+ public:
+  Dither(uint32_t key, uint32_t index) {
+    Word place;
+    for (int i = 0; i < kWords; ++i) place[i] = place_of(i);
+    for (int i = 0; i < kPhases / kWords; ++i)
+      words_[i] = dither_at(place + (index + i / kVectors * kLine + i % kVectors * kVectorStep), key);
+  }
+  // The line that begins with the block's i-th number.
+  const Word* line(int i) const { return words_ + i % kPhases / kWords; }
 
-// A line of floats from a part as it rests. `scale` is that of codes, which are known to be of finite numbers if so
-// said.
-template <class Format, bool finite = false>
+ private:
+  Word words_[kPhases / kWords];
+};
+static_assert(kPhases % kLine == 0 && kBlock % kPhases == 0, "");
+
+ADAMFUSED_INLINE uint32_t largest_of(Word x) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kWords; ++i) largest = larger(largest, x[i]);
+  return largest;
+}
+
+// A line of floats from a part as it rests. `scale` is that of codes. `plain`: these are of finite numbers, and what is
+// in two parts is not NaN.
+template <class Format, bool plain = false>
 ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typename Format::Beside* beside, float scale,
                                 Float* x) {
   constexpr bool upper =
       same<Format, BF16> || same<Format, BF16AtRandom> || same<Format, Split16> || same<Format, Split8>;
   Word word[kVectors], below[kVectors];
 #ifdef ADAMFUSED_PAIRS
-  if constexpr (is_code<Format> && finite) return load_codes<Format>(rest, scale, x);
+  if constexpr (is_code<Format> && plain) return load_codes<Format>(rest, scale, x);
   if constexpr (same<Format, Split16>) {
-    load_split16(rest, beside, word);
+    load_split16<plain>(rest, beside, word);
     for (int j = 0; j < kVectors; ++j) x[j] = float_of(word[j]);
     return;
   }
@@ -67,7 +87,7 @@ ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typenam
     if constexpr (same<Format, F32> || (upper && !is_joined<Format>))
       x[j] = float_of(word[j]);
     else if constexpr (is_code<Format>)
-      x[j] = float_of(finite ? Format::decode_finite(word[j], scale) : Format::decode(word[j], scale));
+      x[j] = float_of(plain ? Format::decode_finite(word[j], scale) : Format::decode(word[j], scale));
     else if constexpr (is_joined<Format>)
       x[j] = float_of(Format::join(word[j], below[j]));
     else
@@ -75,14 +95,14 @@ ADAMFUSED_INLINE void load_line(const typename Format::Rest* rest, const typenam
   }
 }
 
-template <class Format>
+template <class Format, bool plain = false>
 ADAMFUSED_INLINE void store_line(const Float* x, Words& words, typename Format::Rest* rest,
                                  typename Format::Beside* beside) {
   Word word[kVectors], below[kVectors];
 #ifdef ADAMFUSED_PAIRS
   if constexpr (same<Format, Split16>) {
     for (int j = 0; j < kVectors; ++j) word[j] = bits_of(x[j]);
-    return store_split16(word, rest, beside);
+    return store_split16<plain>(word, rest, beside);
   }
 #endif
   for (int j = 0; j < kVectors; ++j) {
@@ -106,49 +126,30 @@ ADAMFUSED_INLINE void store_line(const Float* x, Words& words, typename Format::
     store_words(below, beside);
 }
 
-// Whether all of a block's codes are of finite numbers.
+// Of a block of floats.
 template <class Format>
-bool all_finite(const typename Format::Rest* rest, int n) {
-  typedef typename Format::Rest Rests __attribute__((vector_size(kLine)));
-  Rests special{};
-  for (int i = 0; i < n; i += kLine) {
-    Rests line;
-    __builtin_memcpy(&line, rest + i, sizeof line);
-    special |= (Rests)(line == typename Format::Rest(Format::kSpecial));
+__attribute__((noinline)) float scale_of_block(const float* numbers, int n) {
+  Word largest{}, special{};
+  for (int i = 0; i < n; i += kWords) {
+    Word b;
+    __builtin_memcpy(&b, numbers + i, sizeof b);
+    const Word magnitude = b & kMagnitude;
+    largest = larger(largest, is_finite(magnitude) ? magnitude : 0u);
+    special |= is_finite(magnitude) ? 0u : magnitude;
   }
-  uint64_t parts[kLine / 8], any = 0;
-  __builtin_memcpy(parts, &special, sizeof parts);
-  for (uint64_t part : parts) any |= part;
-  return any == 0;
-}
-
-// What a block's codes are made with.
-struct Scaling {
-  bool plain;  // all of its numbers are finite, and none above the top
-  float scale;
-};
-
-// `top` has the largest magnitude of each lane, or one that is not finite.
-template <class Format>
-ADAMFUSED_INLINE Scaling scaling_of(const float* numbers, int n, Word top) {
-  uint32_t most = 0;
-  for (int i = 0; i < kWords; ++i) most = larger(most, top[i]);
-  const bool plain = most < kMostScale;
-  if (!plain) {
-    most = 0;
-    for (int i = 0; i < n; ++i) most = larger(most, Format::counted(bits_of(numbers[i]) & kMagnitude));
-  }
-  return {plain, Format::scale_for(most)};
+  uint32_t any = 0;
+  for (int i = 0; i < kWords; ++i) any |= special[i];
+  return Format::scale_for(largest_of(largest), any == 0);
 }
 
 // A block of floats to codes. The floats lie in the order in which lines are in vectors.
 template <class Format>
-ADAMFUSED_INLINE void store_block(const float* from, int n, float scale, Dither dither, typename Format::Rest* rest) {
+ADAMFUSED_INLINE void store_block(const float* from, int n, float scale, const Dither& dither,
+                                  typename Format::Rest* rest) {
   for (int i = 0; i < n; i += kLine) {
     Word b[kVectors], code[kVectors];
     for (int j = 0; j < kVectors; ++j) __builtin_memcpy(b + j, from + i + j * kWords, sizeof *b);
-    for (int j = 0; j < kVectors; ++j) code[j] = Format::encode(b[j], scale, dither.of(j));
-    dither.next_line();
+    for (int j = 0; j < kVectors; ++j) code[j] = Format::encode(b[j], scale, dither.line(i)[j]);
     store_words(code, rest + i);
   }
 }
@@ -169,6 +170,7 @@ struct Place {
     return static_cast<typename Format::Beside*>(beside) + (is_code<Format> ? at / kBlock : at);
   }
   Words words(int64_t at) const { return Words(key_of(key, t, slot), first + uint32_t(at)); }
+  // Of the block that begins there.
   Dither dither(int64_t at) const { return Dither(key_of_dither(key, t), first + uint32_t(at)); }
 };
 
@@ -195,23 +197,18 @@ template <class Format>
 void put_lines(const float* from, int n, const Place& place, int64_t at, typename Format::Rest* rest,
                typename Format::Beside* beside) {
   Words words = place.words(at);
-  Dither dither = place.dither(at);
   constexpr int each = is_code<Format> ? kBlock : kLine;
   for (int i = 0; i < n; i += each) {
     if constexpr (is_code<Format>) {
       const int some = n - i < kBlock ? n - i : kBlock;
       alignas(64) float kept[kBlock];
-      Word top{}, b[kVectors];
       for (int j = 0; j < some; j += kLine) {
+        Word b[kVectors];
         load_words(from + i + j, b);
-        for (int k = 0; k < kVectors; ++k) {
-          top = larger(top, b[k] & kMagnitude);
-          __builtin_memcpy(kept + j + k * kWords, b + k, sizeof *b);
-        }
+        for (int k = 0; k < kVectors; ++k) __builtin_memcpy(kept + j + k * kWords, b + k, sizeof *b);
       }
-      const float scale = beside[i / kBlock] = scaling_of<Format>(kept, some, top).scale;
-      store_block<Format>(kept, some, scale, dither, rest + i);
-      for (int j = 0; j < some; j += kLine) dither.next_line();
+      const float scale = beside[i / kBlock] = scale_of_block<Format>(kept, some);
+      store_block<Format>(kept, some, scale, place.dither(at + i), rest + i);
     } else {
       Float x[kVectors];
       Word word[kVectors];

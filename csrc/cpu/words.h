@@ -46,13 +46,16 @@ ADAMFUSED_INLINE Short pack(Word a, Word b) { return (Short)_mm256_packus_epi32(
 // Their upper or lower halves.
 ADAMFUSED_INLINE Short uppers(Word a, Word b) { return pack(a >> 16, b >> 16); }
 ADAMFUSED_INLINE Short lowers(Word a, Word b) { return pack(a & 0xffffu, b & 0xffffu); }
+// What is above all but three bits of a float's mantissa.
+ADAMFUSED_INLINE Short tops(Word a, Word b) { return pack(a >> kShift, b >> kShift); }
+// a - b, or 0 if that is less.
+ADAMFUSED_INLINE Short above(Short a, Short b) { return (Short)_mm256_subs_epu16((Bits)a, (Bits)b); }
 // Low bytes, the bits of a mask from a, the others from b.
 ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
   return (a & uint16_t(mask)) | (b & uint16_t(uint8_t(~mask)));
 }
-// Whether any of them, which are below 2^15, is as large.
-ADAMFUSED_INLINE bool any_from(uint16_t least, Short x) {
-  return _mm256_movemask_epi8(_mm256_cmpgt_epi16((Bits)x, (Bits)(Short{} + uint16_t(least - 1)))) != 0;
+ADAMFUSED_INLINE bool any_nan(Word a, Word b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
 }
 ADAMFUSED_INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 ADAMFUSED_INLINE Short load_bytes(const uint8_t* from) { return (Short)_mm256_cvtepu8_epi16(load_128(from)); }
@@ -92,11 +95,13 @@ ADAMFUSED_INLINE Short halves(Word a, Word b, int odd) {
 }
 ADAMFUSED_INLINE Short uppers(Word a, Word b) { return halves(a, b, 1); }
 ADAMFUSED_INLINE Short lowers(Word a, Word b) { return halves(a, b, 0); }
+ADAMFUSED_INLINE Short tops(Word a, Word b) { return uppers(a, b) >> (kShift - 16); }
+ADAMFUSED_INLINE Short above(Short a, Short b) { return (Short)_mm512_subs_epu16((Bits)a, (Bits)b); }
 ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
   return (Short)_mm512_ternarylogic_epi32((Bits)(Short{} + mask), (Bits)a, (Bits)b, 0xca);
 }
-ADAMFUSED_INLINE bool any_from(uint16_t least, Short x) {
-  return _mm512_cmpge_epu16_mask((Bits)x, (Bits)(Short{} + least)) != 0;
+ADAMFUSED_INLINE bool any_nan(Word a, Word b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
 }
 ADAMFUSED_INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 ADAMFUSED_INLINE Short load_bytes(const uint8_t* from) { return (Short)_mm512_cvtepu8_epi16(load_256(from)); }
@@ -151,52 +156,53 @@ ADAMFUSED_INLINE void store_words(const Word* word, uint8_t* to) { store_bytes(p
 
 // ---- formats in fewer instructions than theirs are, to the same bits ----
 
+template <bool plain>
 ADAMFUSED_INLINE void load_split16(const uint16_t* upper, const int16_t* lower, Word* word) {
-  const Short below = load_short(lower), seen = load_short(upper), above = seen + (Short)((SignedShort)below >> 15);
-  spread_upper(above, word, below);
-  if (__builtin_expect(any_from(uint16_t(kInfinity >> 16), above & uint16_t(0x7fff)), false)) {
+  const Short below = load_short(lower), seen = load_short(upper);
+  spread_upper(seen + (Short)((SignedShort)below >> 15), word, below);
+  if (!plain && __builtin_expect(any_nan(word[0], word[1]), false)) {
     Word alone[2];
     spread_upper(seen, alone);
     for (int j = 0; j < 2; ++j) word[j] = is_nan(word[j]) ? alone[j] : word[j];
   }
 }
-ADAMFUSED_INLINE void store_split16(const Word* word, uint16_t* upper, int16_t* lower) {
-  Word b[2];
-  for (int j = 0; j < 2; ++j) b[j] = is_nan(word[j]) ? Word{} + 0x7fc00000u : word[j];
-  store_short(uppers(b[0] + 0x8000u, b[1] + 0x8000u), upper);
-  store_short(lowers(b[0], b[1]), lower);
+template <bool plain>
+ADAMFUSED_INLINE void store_split16(Word* word, uint16_t* upper, int16_t* lower) {
+  if (!plain && __builtin_expect(any_nan(word[0], word[1]), false))
+    for (int j = 0; j < 2; ++j) word[j] = is_nan(word[j]) ? Word{} + 0x7fc00000u : word[j];
+  store_short(uppers(word[0] + 0x8000u, word[1] + 0x8000u), upper);
+  store_short(lowers(word[0], word[1]), lower);
 }
 
 // Codes of finite numbers. All that they tell is in the upper half of a word.
 template <class Format>
 ADAMFUSED_INLINE void load_codes(const typename Format::Rest* rest, float scale, Float* x) {
-  constexpr uint32_t sign = 0x80000000u;
-  const uint32_t c = bits_of(Format::kC * scale);
-  const uint16_t above = uint16_t(c >> 16);  // below are zeros
+  const uint32_t c = Format::c_of(scale);
+  const uint16_t upper = uint16_t(c >> 16);  // below are zeros
   Word word[2];
   if constexpr (Format::kSigned) {
-    const Short code = load_bytes(reinterpret_cast<const int8_t*>(rest));
-    spread_upper((((code & uint16_t(0x7f)) << (kShift - 16)) + above) | (code & uint16_t(0x8000)), word);
+    // A byte with its sign in all bits above is where it should be but for some copies of the sign.
+    const Short code = load_bytes(reinterpret_cast<const int8_t*>(rest)) << (kShift - 16);
+    spread_upper((code & uint16_t(0x8000 | 0x7f << (kShift - 16))) + upper, word);
+    for (int j = 0; j < 2; ++j) x[j] = float_of(word[j]) - float_of((word[j] & ~kMagnitude) | c);
   } else {
-    spread_upper((load_bytes(rest) << (kShift - 16)) + above, word);
+    spread_upper((load_bytes(rest) << (kShift - 16)) + upper, word);
+    for (int j = 0; j < 2; ++j) x[j] = float_of(word[j]);
   }
-  for (int j = 0; j < 2; ++j) x[j] = float_of(word[j]) - float_of(Format::kSigned ? (word[j] & sign) | c : Word{} + c);
 }
-// None of them is above the top; `dither` is in the low ends.
+// None of them is above the top.
 template <class Format>
-ADAMFUSED_INLINE void store_codes(const Word* b, float scale, const Word* dither, typename Format::Rest* rest) {
-  constexpr uint32_t sign = 0x80000000u;
-  const uint32_t c = bits_of(Format::kC * scale);
-  const uint16_t above = uint16_t(c >> kShift);
-  Word fine[2];
-  for (int j = 0; j < 2; ++j)
-    fine[j] =
-        (bits_of(float_of(b[j]) + float_of(Format::kSigned ? (b[j] & sign) | c : Word{} + c)) + dither[j]) >> kShift;
-  const Short code = pack(fine[0], fine[1]) - above;  // a sign is still where that of a float was
-  if constexpr (Format::kSigned)
+ADAMFUSED_INLINE void store_codes(const Float* x, float scale, const Word* dither, typename Format::Rest* rest) {
+  const uint32_t c = Format::c_of(scale);
+  const Short least = Short{} + uint16_t(c >> kShift);
+  if constexpr (Format::kSigned) {
+    Word fine[2];
+    for (int j = 0; j < 2; ++j) fine[j] = bits_of(x[j] + float_of((bits_of(x[j]) & ~kMagnitude) | c)) + dither[j];
+    const Short code = tops(fine[0], fine[1]) - least;  // a sign is still where that of a float was
     store_bytes(chosen(0x7f, code, code >> (31 - kShift - 7)), rest);
-  else
-    store_bytes(larger(code, smaller(pack(b[0], b[1]), Short{} + uint16_t(1))), rest);
+  } else {
+    store_bytes(above(tops(bits_of(x[0]) + dither[0], bits_of(x[1]) + dither[1]), least), rest);
+  }
 }
 #else
 constexpr uint32_t place_of(int i) { return uint32_t(i); }

@@ -240,14 +240,20 @@ __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const 
   if constexpr (sizeof(Rest) > sizeof(T)) {
     packed.set(x);
   } else if constexpr (is_code<Format>) {
-    uint32_t largest = 0;
+    uint32_t largest = 0, special = 0;  // special: not finite
     ADAMFUSED_UNROLL
-    for (int j = 0; j < E; ++j) largest = larger(largest, Format::counted(bits_of(float(x[j])) & kMagnitude));
-    const float scale = Format::scale_for(largest_of_block<E>(largest));
+    for (int j = 0; j < E; ++j) {
+      const uint32_t magnitude = bits_of(float(x[j])) & kMagnitude;
+      if (is_finite(magnitude))
+        largest = larger(largest, magnitude);
+      else
+        special = 1;
+    }
+    const float scale = Format::scale_for(largest_of_block<E>(largest), largest_of_block<E>(special) == 0);
     const uint32_t key = key_of_dither(from.key, from.t);
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) {
-      const uint32_t word = dither_at(from.first + at.index(j), key);
+      const uint32_t word = dither_at(from.first + phase_of(at.index(j)), key);
       rest[j] = Rest(Format::encode(bits_of(float(x[j])), scale, word));
     }
     packed.set(rest);
