@@ -395,8 +395,8 @@ def _saved_problem(param: Tensor, t: Any, part: _Part) -> str | None:
         return f"{what} has strides {here.stride()}; expected a contiguous tensor"
     if part.shape and not are_scales(here):
         return (
-            f"{what} has numbers that are no scales; expected powers of two from 2^-90 to 2^127, or 0; the checkpoint "
-            "is damaged"
+            f"{what} has numbers that are no scales; expected powers of two from 2^-90 to 2^127, 1.5 times one, "
+            "or 0; the checkpoint is damaged"
         )
     return None
 

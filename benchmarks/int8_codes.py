@@ -41,6 +41,7 @@ SMALL = 4096  # parameters of fewer elements keep float32 moments
 Dither = Callable[[Random, int], Tensor]
 """Of a tensor and step, and the number of elements: words, int64 in 0..2^32-1."""
 GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio
+ROOT_2 = 0x6A09E667  # 2^32 times the root of 2
 PLANE = 0xC13FA9A9, 0x91E10DA5  # 2^32 over 1.3247, the root of x^3 = x + 1, and over its square
 
 
@@ -55,8 +56,14 @@ def fresh(random: Random, n: int) -> Tensor:
 
 
 def golden(random: Random, n: int) -> Tensor:
-    """No hash: each step adds the golden ratio, each element the root of 2; the same for all states."""
+    """No hash: each step adds the golden ratio, each element the root of 2; the same for all states, and for elements
+    of a block that are 32 apart."""
     return random.dither(n, CPU)
+
+
+def each(random: Random, n: int) -> Tensor:
+    """The same, but others for all elements."""
+    return (torch.arange(n) * ROOT_2 + random.t * GOLDEN + random.key) & 0xFFFFFFFF
 
 
 def hashed(random: Random, n: int) -> Tensor:
@@ -87,28 +94,40 @@ def as_before(blocks: Tensor, x: Tensor) -> Tensor:
 
 
 def log_linear(
-    mantissa: int, dither: Dither = golden, block: int = 128, power: bool = True
+    mantissa: int,
+    dither: Dither = golden,
+    block: int = 128,
+    power: bool = True,
+    zero: bool = False,
 ) -> Coder:
-    """The codes of formats.py, of any number of bits of mantissa; ``power``: a block's scale is a power of two, not its
-    largest number."""
+    """The codes of formats.py, of any number of bits of mantissa.
+
+    Args:
+        mantissa: bits.
+        dither: of the rounding.
+        block: numbers that share a scale.
+        power: the scale is a power of two, not the largest number.
+        zero: what has no sign is even near zero too, which has a code; but what is above it stays so.
+    """
     shift, most = 23 - mantissa, 2 - 2.0 ** (1 - mantissa)
 
     def back(x: Tensor, signed: bool, random: Random) -> Tensor:
         numbers, top = by_block(x, block), 126 if signed else 254
         c = 2.0 ** (1 - ((128 if signed else 256) >> mantissa))
-        base = int(torch.tensor(c).view(torch.int32))
+        base, added = int(torch.tensor(c).view(torch.int32)), c * (signed or zero)
         largest = numbers.abs().amax(1, keepdim=True).clamp(min=2.0**-90)
         if power:
             scale = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-            scale = torch.where(largest / scale + c > most, 2 * scale, scale)
+            scale = torch.where(largest / scale + added > most, 2 * scale, scale)
         else:
-            scale = largest / (most - c)
-        y = numbers.abs() / scale + c
+            scale = largest / (most - added)
+        y = (numbers.abs() / scale + added).clamp(min=c)
         up = (dither(random, y.numel()) >> 32 - shift).to(torch.int32).view(y.shape)
         number = (y.view(torch.int32) - base + up >> shift).clamp(max=top)
-        if not signed:
+        if zero and not signed:
             number = torch.where(numbers > 0, number.clamp(min=1), number)
-        y = ((number << shift) + base).view(torch.float32) - c
+        y = ((number << shift) + base).view(torch.float32) - added
+        y = torch.where(numbers.any(1, keepdim=True), y, 0.0)
         return as_before((y * scale).copysign(numbers), x)
 
     return back
@@ -181,11 +200,13 @@ def ours(m: int, v: int, *how: Any, **more: Any) -> Candidate:
 CANDIDATES: dict[str, Candidate] = {
     "float32": (exact,) * 2,
     "m3 v3": ours(3, 3),
+    "m3 v3, each": ours(3, 3, each),
     "m3 v3, plane": ours(3, 3, plane),
     "m3 v3, hashed": ours(3, 3, hashed),
     "m3 v3, fresh": ours(3, 3, fresh),
     "m3 nearest, v3": (log_linear(3, nearest), log_linear(3)),
     "m3, v3 nearest": (log_linear(3), log_linear(3, nearest)),
+    "m3, v3 with a zero": (log_linear(3), log_linear(3, zero=True)),
     "m3 v3, largest": ours(3, 3, power=False),
     "m3 v3, largest, fresh": ours(3, 3, fresh, power=False),
     "m3 v3, largest, nearest": ours(3, 3, nearest, power=False),

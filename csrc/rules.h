@@ -334,9 +334,9 @@ struct Lion {
 };
 
 // What Adam and its kin share: averages of the gradient and of its square, and that decay and update are added and
-// rounded together. Each has in update() how far the weight moves, told from the states as they are then: so
-// the states of some numbers can be computed before their weights. Decay is coupled (l2, Adam) or decoupled (decay, AdamW: Loshchilov & Hutter 2019,
-// arXiv:1711.05101, Algorithm 2).
+// rounded together. Decay is coupled (l2, Adam) or decoupled (decay, AdamW: Loshchilov & Hutter 2019,
+// arXiv:1711.05101, Algorithm 2). In place of operator() each has gather(), in which the states take in the gradient,
+// and update(), how far the weight moves then: so weights can wait until the states of many numbers are known.
 template <class T>
 struct Moments {
   static constexpr int states = 2;
@@ -471,13 +471,14 @@ struct RAdam : Moments<T> {
   }
 };
 
+// Whether the weights of a rule can wait.
 template <class Rule>
-inline constexpr bool moves_after = __is_base_of(Moments<float>, Rule) || __is_base_of(Moments<double>, Rule);
+inline constexpr bool waits = __is_base_of(Moments<float>, Rule) || __is_base_of(Moments<double>, Rule);
 
 // A number through a rule.
 template <class Rule, class N, class... S>
 ADAMFUSED_HD void apply(const Rule& rule, N& p, N g, S&... s) {
-  if constexpr (moves_after<Rule> && !Rule::averages) {
+  if constexpr (waits<Rule> && !Rule::averages) {
     g = rule.seen(p, g);
     rule.gather(g, s...);
     p = rule.moved(p, rule.update(g, s...));

@@ -198,13 +198,18 @@ FAULTS = {
     ),
     "negative numbers count most": (
         PACKED,
-        "magnitude = bits_of(float(x[j])) & kMagnitude",
-        "magnitude = bits_of(float(x[j]))",
+        "bits_of(float(x[j])) & kMagnitude",
+        "bits_of(float(x[j]))",
     ),
     "a block is not marked": (
         PACKED,
         "largest_of_block<E>(special) == 0",
         "true",
+    ),
+    "zeros past the end count for the scale": (
+        PACKED,
+        "magnitude = at.has(j) ? bits_of(float(x[j])) & kMagnitude : 0",
+        "magnitude = bits_of(float(x[j])) & kMagnitude",
     ),
     "each thread marks for itself": (
         PACKED,

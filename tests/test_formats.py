@@ -15,7 +15,7 @@ import torch
 from helpers import assert_same_bits
 from torch import Tensor
 
-from adamfused.formats import BLOCK, CODES, Random, get, put, scales_shape
+from adamfused.formats import BLOCK, CODES, Random, are_scales, get, put, scales_shape
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CPU = torch.device("cpu")
@@ -500,6 +500,16 @@ def test_a_scale_changes_only_with_the_power_of_two(dtype) -> None:
     assert_same_bits(found[0.9][0], codes)
     assert_same_bits(found[1.74][0], codes)
     assert not torch.equal(found[0.8][0], codes)
+
+
+def test_what_may_be_a_scale() -> None:
+    """What was made as one, and nothing beside it."""
+    for dtype in CODES:
+        for size in (0.0, 1e-45, 1e-20, 1.0, 3e38):
+            for x in (torch.tensor([size]), torch.tensor([size, torch.inf])):
+                assert are_scales(encoded(x, dtype, NEAREST)[1])
+    for wrong in (-1.0, -0.0, 1.25, 1.75, 2.0**-91, torch.inf, torch.nan):
+        assert not are_scales(torch.tensor([1.0, wrong]))
 
 
 def test_codes_lie_in_row_major_order_whatever_the_strides() -> None:

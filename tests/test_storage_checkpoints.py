@@ -278,8 +278,8 @@ def with_number(x: float) -> Callable[[Tensor], Tensor]:
 
 A_MODEL = "it was saved for another model"
 DAMAGED = (
-    "'exp_avg_scale' in the checkpoint has numbers that are no scales; expected powers of two from 2^-90 to 2^127, or "
-    "0; the checkpoint is damaged"
+    "'exp_avg_scale' in the checkpoint has numbers that are no scales; expected powers of two from 2^-90 to 2^127, "
+    "1.5 times one, or 0; the checkpoint is damaged"
 )
 # fmt: off
 LOADED: dict[str, tuple[Spoil, str]] = {
@@ -298,7 +298,7 @@ LOADED: dict[str, tuple[Spoil, str]] = {
     "a negative scale": (saved("exp_avg_scale", with_number(-1.0)), DAMAGED),
     "a NaN scale": (saved("exp_avg_scale", with_number(float("nan"))), DAMAGED),
     "an infinite scale": (saved("exp_avg_scale", with_number(float("inf"))), DAMAGED),
-    "a scale that is no power of two": (saved("exp_avg_scale", with_number(3.0)), DAMAGED),
+    "a scale that is no power of two": (saved("exp_avg_scale", with_number(5.0)), DAMAGED),
     "a scale that is too small": (saved("exp_avg_scale", with_number(2.0**-91)), DAMAGED),
     "strided scales": (saved("exp_avg_scale", lambda s: torch.stack([s, s], -1)[..., 0]),
         "'exp_avg_scale' in the checkpoint has strides (2, 2); expected a contiguous tensor"),

@@ -170,12 +170,12 @@ ADAMFUSED_INLINE auto on_states(Float (&s)[Room][kVectors], int j, Work work) {
 }
 
 // The same where all states are codes, from a whole block on. Stops before a block that has codes of numbers that are
-// not finite. What is made into codes is kept until all of a block is known. A weight that can wait until then does:
-// so the processor has something to do while it divides.
+// not finite. What becomes of a block's states is kept until all of it is known, and then made into codes. Weights that
+// can wait do: by then nothing that they need is under way, and there are codes to make while the processor divides.
 template <class P, class G, class Rule>
 int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t begin, int64_t end) {
   constexpr int states = Rule::states;
-  constexpr bool waits = moves_after<Rule>;
+  constexpr bool wait = waits<Rule>;
   rule.take_as_usual();
   const Place* const place = all.part;
   alignas(64) float kept[states][kBlock];
@@ -199,7 +199,7 @@ int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t b
       ask_for_line(g_rest + i), ask_for_line(p_rest + i);
       if constexpr (is_joined<P>) ask_for_line(p_beside + i);
       load_line<G>(g_rest + i, nullptr, 0, g);
-      if constexpr (!waits) load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
+      if constexpr (!wait) load_line<P>(p_rest + i, is_joined<P> ? p_beside + i : nullptr, 0, p);
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         const auto* rest = place[kState + k].rest<CodeOf<Rule, k>>(at) + i;
@@ -207,7 +207,7 @@ int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t b
         load_line<CodeOf<Rule, k>, true>(rest, nullptr, scale[k], s[k]);
       });
       for (int j = 0; j < kVectors; ++j) {
-        if constexpr (waits)
+        if constexpr (wait)
           on_states<Rule>(s, j, [&](auto&... state) { rule.gather(rule.seen(Float{}, g[j]), state...); });
         else
           move(rule, p, g, s, j);
@@ -220,7 +220,7 @@ int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t b
           store(s[k][j], kept[k] + i + j * kWords);
         }
       });
-      if constexpr (!waits) store_line<P>(p, words, p_rest + i, is_joined<P> ? p_beside + i : nullptr);
+      if constexpr (!wait) store_line<P>(p, words, p_rest + i, is_joined<P> ? p_beside + i : nullptr);
     }
 
     // What is not finite, or above the top code of the largest scale, is for store_block: store_codes then writes
@@ -239,16 +239,17 @@ int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t b
       Float g[kVectors], s[states][kVectors], p[kVectors], moves[kVectors];
       for (int k = 0; k < states; ++k)
         for (int j = 0; j < kVectors; ++j) s[k][j] = load(kept[k] + i + j * kWords);
-      if constexpr (waits) {
+      if constexpr (wait) {
         load_line<G>(g_rest + i, nullptr, 0, g);
         for (int j = 0; j < kVectors; ++j)
-          moves[j] = on_states<Rule>(s, j, [&](auto... state) { return rule.update(rule.seen(Float{}, g[j]), state...); });
+          moves[j] =
+              on_states<Rule>(s, j, [&](auto... state) { return rule.update(rule.seen(Float{}, g[j]), state...); });
       }
       for_each<0, states>([&](auto index) {
         constexpr int k = index.value;
         store_codes<CodeOf<Rule, k>>(s[k], scale[k], dither.line(i), place[kState + k].rest<CodeOf<Rule, k>>(at) + i);
       });
-      if constexpr (waits) {
+      if constexpr (wait) {
         load_line<P, true>(p_rest + i, p_beside + i, 0, p);
         for (int j = 0; j < kVectors; ++j) p[j] = rule.moved(p[j], moves[j]);
         if (is_joined<P> && __builtin_expect(any_nan(bits_of(p[0]), bits_of(p[1])), false)) {

@@ -6,8 +6,9 @@
 namespace adamfused {
 namespace ADAMFUSED_TARGET {
 
-// What comes is asked for this many bytes ahead, or numbers that rest in another format. The processor's own prefetching
-// ends with each page of memory, and a rule has so many instructions that the next page is not in sight when it does.
+// What comes is asked for this many bytes ahead, or numbers that rest in another format. The processor's own
+// prefetching ends with each page of memory, and a rule has so many instructions that the next page is not in sight
+// when it does.
 constexpr int kAhead = 512, kNumbersAhead = 256;
 
 // The empty statement keeps GCC, which takes prefetching for doing nothing, from leaving out the whole call.

@@ -100,9 +100,7 @@ ADAMFUSED_INLINE Short above(Short a, Short b) { return (Short)_mm512_subs_epu16
 ADAMFUSED_INLINE Short chosen(uint8_t mask, Short a, Short b) {
   return (Short)_mm512_ternarylogic_epi32((Bits)(Short{} + mask), (Bits)a, (Bits)b, 0xca);
 }
-ADAMFUSED_INLINE bool any_nan(Word a, Word b) {
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
-}
+ADAMFUSED_INLINE bool any_nan(Word a, Word b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0; }
 ADAMFUSED_INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 ADAMFUSED_INLINE Short load_bytes(const uint8_t* from) { return (Short)_mm512_cvtepu8_epi16(load_256(from)); }
 ADAMFUSED_INLINE Short load_bytes(const int8_t* from) { return (Short)_mm512_cvtepi8_epi16(load_256(from)); }

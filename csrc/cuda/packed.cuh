@@ -243,7 +243,8 @@ __device__ __forceinline__ float put(const T (&x)[E], const Source& from, const 
     uint32_t largest = 0, special = 0;  // special: not finite
     ADAMFUSED_UNROLL
     for (int j = 0; j < E; ++j) {
-      const uint32_t magnitude = bits_of(float(x[j])) & kMagnitude;
+      // Past the end, code zero may mean a number above zero, and a rule may make NaN of zeros.
+      const uint32_t magnitude = at.has(j) ? bits_of(float(x[j])) & kMagnitude : 0;
       if (is_finite(magnitude))
         largest = larger(largest, magnitude);
       else

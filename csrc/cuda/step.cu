@@ -65,7 +65,7 @@ const char* cuda_self_test() {
   cudaFree(memory);
   if (error != cudaSuccess) return told(error);
   for (int i = 0; i < n; ++i) {
-    rule(host[0][i], host[1][i], host[2][i], host[3][i]);
+    apply(rule, host[0][i], host[1][i], host[2][i], host[3][i]);
     for (int k = 0; k < 4; ++k)
       if (cuda::bits_of(host[k][i]) != cuda::bits_of(back[k][i])) return "the device's bits differ from the host's";
   }
