@@ -193,7 +193,7 @@ def _part(x: Tensor, rest: Tensor, beside: Tensor) -> None:
 
 
 # ---- 8 bits --------------------------------------------------------------------------------------------------------
-# Codes of 8 bits, and beside them a scale for each block, a power of two. A code is the exponent and first three bits of
+# Codes of 8 bits, and beside them a scale for each block, a power of two. A code is exponent and first three bits of
 # mantissa of a float32, counted from those of c, which is a part of the scale. To what has a sign c is added: so its
 # codes are evenly spaced up to about c and logarithmically above, and zero is one of them. What is never negative is c
 # at least, because its root divides; only in a block of zeros, whose scale is zero, it is zero. Rounded up and down in
