@@ -86,8 +86,8 @@ FAULTS = {
     # ---- the average of the weights, copies, factor, overflows
     "the average is of the weights before": (
         "rules.h",
-        "Rule<T>::operator()(p, g, a, b);\n    e = averaged(e, p);",
-        "e = averaged(e, p);\n    Rule<T>::operator()(p, g, a, b);",
+        "apply<Rule<T>>(*this, p, g, a, b);\n    e = averaged(e, p);",
+        "e = averaged(e, p);\n    apply<Rule<T>>(*this, p, g, a, b);",
     ),
     "the average begins with what was there": (
         "rules.h",
@@ -144,7 +144,6 @@ FAULTS = {
         "at.has(j) ? from[j * Places<E>::kNeighbours] : Rest(0)",
         "from[j * Places<E>::kNeighbours]",
     ),
-    "what is past the end counts": (PACKED, ": Rest(0);", ": Rest(77);"),
     "wide numbers in a row": (PACKED, "if (at.has(j)) to[j * at.step()]", "if (at.has(j)) to[j]"),
     "the round leaves some out": (STEP, "i += kThreads * E)", "i += 2 * kThreads * E)"),
     "warps split": (STEP, "i / warp * warp < n", "i + 0 * warp < n"),
@@ -206,7 +205,7 @@ FAULTS = {
         "largest_of_block<E>(special) == 0",
         "true",
     ),
-    "zeros past the end count for the scale": (
+    "what is past the end counts": (
         PACKED,
         "magnitude = at.has(j) ? bits_of(float(x[j])) & kMagnitude : 0",
         "magnitude = bits_of(float(x[j])) & kMagnitude",
