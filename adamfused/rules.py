@@ -300,13 +300,22 @@ class Moments:
         self.decay = r(now.lr * weight_decay if decoupled else 0.0)
         self.eps = r(eps)
 
-    def gathered(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient as the rule sees it, and both averages with it."""
-        g = directed(p, g, self.factor, self.l2)
-        return g, average(m, g, self.w1), average(v, g * g, self.w2)
+    def seen(self, p: Tensor, g: Tensor) -> Tensor:
+        """The gradient as the rule sees it."""
+        return directed(p, g, self.factor, self.l2)
+
+    def gather(self, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return average(m, g, self.w1), average(v, g * g, self.w2)
 
     def moved(self, p: Tensor, move: Tensor) -> Tensor:
         return p - (self.decay * p + move if self.decay != 0 else move)
+
+    update: Callable[..., Tensor]
+
+    def __call__(self, p: Tensor, g: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        g = self.seen(p, g)
+        states = self.gather(g, *states)
+        return self.moved(p, self.update(g, *states)), *states
 
 
 class Adam(Moments):
@@ -320,12 +329,8 @@ class Adam(Moments):
         self.step_size = r(divide(now.lr, c1))
         self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
 
-    def update(self, m: Tensor, v: Tensor) -> Tensor:
+    def update(self, g: Tensor, m: Tensor, v: Tensor) -> Tensor:
         return self.step_size * (m / (root(v) * self.inv_root_c2 + self.eps))
-
-    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g, m, v = self.gathered(p, g, m, v)
-        return self.moved(p, self.update(m, v)), m, v
 
 
 class AmsGrad(Adam):
@@ -333,12 +338,16 @@ class AmsGrad(Adam):
 
     states = 3
 
-    def __call__(  # type: ignore[override]
-        self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, top: Tensor
+    def gather(  # type: ignore[override]
+        self, g: Tensor, m: Tensor, v: Tensor, top: Tensor
     ) -> tuple[Tensor, ...]:
-        g, m, v = self.gathered(p, g, m, v)
-        top = larger(top, v)
-        return self.moved(p, self.update(m, top)), m, v, top
+        m, v = super().gather(g, m, v)
+        return m, v, larger(top, v)
+
+    def update(  # type: ignore[override]
+        self, g: Tensor, m: Tensor, v: Tensor, top: Tensor
+    ) -> Tensor:
+        return super().update(g, m, top)
 
 
 class NAdam(Moments):
@@ -353,10 +362,8 @@ class NAdam(Moments):
         self.of_m = r(divide(now.lr * mu_next, 1.0 - now.carried * mu_next))
         self.inv_root_c2 = r(divide(1.0, math.sqrt(c2)))
 
-    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g, m, v = self.gathered(p, g, m, v)
-        move = (self.of_g * g + self.of_m * m) / (root(v) * self.inv_root_c2 + self.eps)
-        return self.moved(p, move), m, v
+    def update(self, g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        return (self.of_g * g + self.of_m * m) / (root(v) * self.inv_root_c2 + self.eps)
 
 
 def nadam_mu(beta1: float, q: float, t: float) -> float:
@@ -387,10 +394,8 @@ class RAdam(Moments):
             size = size * math.sqrt(divide(above, below)) * math.sqrt(c2)
         self.step_size = r(size)
 
-    def __call__(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g, m, v = self.gathered(p, g, m, v)
-        move = self.step_size * (m / (root(v) + self.eps) if self.rectified else m)
-        return self.moved(p, move), m, v
+    def update(self, g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        return self.step_size * (m / (root(v) + self.eps) if self.rectified else m)
 
 
 class Averaged:

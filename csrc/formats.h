@@ -217,7 +217,7 @@ using MasterF16 = Master<F16>;
 // Codes of 8 bits, and beside them a scale for each block, a power of two. A code is a float's exponent and first three
 // bits of mantissa, counted from those of c, which is a part of the scale. To what has a sign c is added: so its codes
 // are evenly spaced up to about c and logarithmically above, and zero is one of them. What is never negative is c at
-// least, because its root divides; only in a block of zeros, whose scale is zero, it is zero. Rounded up and down in
+// least, because its root may divide; only in a block of zeros, whose scale is zero, it is zero. Rounded up and down in
 // turn, because a running average that moves by less than half of a code's step would else stand still.
 constexpr int kBlock = 128;
 constexpr int kShift = 20;                    // what a code leaves out of a float: all of the mantissa but three bits

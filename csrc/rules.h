@@ -8,8 +8,8 @@
 // `operator()` takes numbers N: T itself, or a vector of T's that a CPU works on at once; the rule's own numbers are T
 // in both. So a condition on those is one branch for all elements, and one on elements is a choice without a branch.
 //
-// To add a rule: a struct with `Hyper`, `states`, `prepare` and `operator()`, a line in ADAMFUSED_RULES below, its
-// twin in rules.py. Every rule also comes as Averaged<Rule>.
+// To add a rule: a struct with `Hyper`, `states`, `prepare` and `operator()` (or, of Adam's kin, what Moments asks
+// for), a line in ADAMFUSED_RULES below, its twin in rules.py. Every rule also comes as Averaged<Rule>.
 #pragma once
 
 #include "target.h"
@@ -473,12 +473,13 @@ struct RAdam : Moments<T> {
 
 // Whether the weights of a rule can wait.
 template <class Rule>
-inline constexpr bool waits = __is_base_of(Moments<float>, Rule) || __is_base_of(Moments<double>, Rule);
+inline constexpr bool waits =
+    !Rule::averages && (__is_base_of(Moments<float>, Rule) || __is_base_of(Moments<double>, Rule));
 
 // A number through a rule.
 template <class Rule, class N, class... S>
 ADAMFUSED_HD void apply(const Rule& rule, N& p, N g, S&... s) {
-  if constexpr (waits<Rule> && !Rule::averages) {
+  if constexpr (waits<Rule>) {
     g = rule.seen(p, g);
     rule.gather(g, s...);
     p = rule.moved(p, rule.update(g, s...));

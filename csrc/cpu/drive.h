@@ -250,14 +250,15 @@ int64_t move_codes(Rule rule, const Places<kState + Rule::states> all, int64_t b
         store_codes<CodeOf<Rule, k>>(s[k], scale[k], dither.line(i), place[kState + k].rest<CodeOf<Rule, k>>(at) + i);
       });
       if constexpr (wait) {
-        load_line<P, true>(p_rest + i, p_beside + i, 0, p);
+        auto* const beside = is_joined<P> ? p_beside + i : nullptr;
+        load_line<P, true>(p_rest + i, beside, 0, p);
         for (int j = 0; j < kVectors; ++j) p[j] = rule.moved(p[j], moves[j]);
         if (is_joined<P> && __builtin_expect(any_nan(bits_of(p[0]), bits_of(p[1])), false)) {
-          load_line<P>(p_rest + i, p_beside + i, 0, p);
+          load_line<P>(p_rest + i, beside, 0, p);
           for (int j = 0; j < kVectors; ++j) p[j] = rule.moved(p[j], moves[j]);
-          store_line<P>(p, words, p_rest + i, p_beside + i);
+          store_line<P>(p, words, p_rest + i, beside);
         } else {
-          store_line<P, true>(p, words, p_rest + i, p_beside + i);
+          store_line<P, true>(p, words, p_rest + i, beside);
         }
       }
     }
