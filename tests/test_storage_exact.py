@@ -364,6 +364,37 @@ def test_an_overflow_that_a_scaler_finds_moves_nothing(path) -> None:
 # ---- shards --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [0.0, 2.0**-90, 1.0, 1.5, 2.0**127, 1.5 * 2.0**127])
+def test_codes_that_no_step_wrote(scale) -> None:
+    """Every byte, also those of what is not finite in a block that is not marked, and a mark where all is finite."""
+    n = 40 * formats.BLOCK
+    weight, grad = torch.linspace(-1, 1, n).to(BF16), torch.linspace(2, -3, n).to(BF16)
+    hyper, key = [0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0], formats.place_key(7, 3)
+    every = torch.arange(n, dtype=torch.int32) * 37 & 255
+    every[: n // 2] &= 63
+    codes, lower = every.to(torch.uint8), torch.zeros(n, dtype=torch.int16)
+    scales = torch.full(formats.scales_shape(weight.shape), scale)
+
+    def parts() -> list[Tensor]:
+        return [x.clone() for x in (weight, codes.view(torch.int8), codes, scales, scales, lower)]
+
+    p, m, v, m_scales, v_scales, master = expected = parts()
+    random = formats.Random.at_step(key, 1)
+    reference.step(
+        "adam", hyper, Now(0.1, 1), p, grad, [m, v], scales=[m_scales, v_scales], master=master, random=random
+    )  # fmt: skip
+    assert not torch.equal(m, codes.view(torch.int8))
+    for isa, n_threads in KERNELS:
+        p, m, v, m_scales, v_scales, master = found = parts()
+        with kernel(isa, n_threads):
+            torch.ops.adamfused.step_(
+                [p], [grad], [m, v], [torch.zeros(())], [], [master], [m_scales, v_scales], [], "adam", hyper,
+                0.1, place_keys=[key], firsts=[0],
+            )  # fmt: skip
+        for x, y in zip(found, expected, strict=True):
+            assert_same_bits(x, y)
+
+
 @pytest.mark.parametrize("first", [0, 4096, 2**31 - 3, 2**32 - 3, 2**40 + 1])
 def test_a_shard_wherever_it_begins(first) -> None:
     """Its random numbers are those of its place in the whole, counted in 32 bits."""
